@@ -1,0 +1,174 @@
+"""Round-to-nearest integer codes with bfloat16 scales (the quantiser of KIVI, Liu et al., 2024, arXiv:2402.02750)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from kvjax.cache.codec.base import Codec
+from kvjax.errors import UsageError, unknown
+from kvjax.typing import Array
+from pallas_kernels.loader import IntegerLoader
+from pallas_kernels.packing import WIDTHS, pack
+
+LIMIT = 2.0**126
+"""Largest magnitude that is coded; what lies beyond saturates, so that no step of decoding overflows float32."""
+
+MIN_SCALE = 2.0**-126
+"""Smallest scale, the least normal float32: groups that span less are one value to any machine that flushes
+subnormals."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class IntegerStore:
+    """Packed codes and their scales; C is the number of channel groups of a token, or H with scales per channel.
+
+    Attributes:
+      codes: uint8 [..., M, block, H·bits/8], packed in planes (`pallas_kernels.packing`).
+      scale: bfloat16 [..., M, block, C] (axis 'token') or [..., M, 1, H] (axis 'channel').
+      zero: as `scale`: the value of code 0; None for symmetric codes, where it is -2**(bits - 1) * scale.
+    """
+
+    codes: Array
+    scale: Array
+    zero: Array | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Integer(Codec):
+    """x is kept as `code * scale + zero` with unsigned codes of 8, 4 or 2 bits, packed into bytes.
+
+    A scale group is the set of elements with one scale and zero. Both are stored in bfloat16, zero rounded down and
+    scale rounded up so that the codes cover the group, and codes are computed from the stored pair: the error is at
+    most `error_bound`, half the stored scale but for float32 rounding. Elements beyond ±`LIMIT` saturate. Elements
+    that are not finite take no part in the scales and decode to a value inside their group's range.
+
+    Encoding what was decoded changes nothing for symmetric codes of 4 and 2 bits. Elsewhere the largest code need
+    not be in use, because of the rounded scale; then a second encoding may choose a finer scale.
+
+    Attributes:
+      bits: 8, 4 or 2.
+      axis: 'token' gives each token a scale per `group` channels, in blocks of one token; 'channel' gives each
+        channel a scale per `group` tokens, in blocks of `group` tokens.
+      group: elements per scale; None means all channels of a head (axis 'token') or 32 tokens (axis 'channel').
+      symmetric: codes for [-absmax, absmax] and no zero point, instead of [min, max].
+
+    Raises:
+      UsageError: an attribute has no such value.
+    """
+
+    bits: int = 8
+    axis: Literal["token", "channel"] = "token"
+    group: int | None = None
+    symmetric: bool = False
+
+    def __post_init__(self) -> None:
+        if self.bits not in WIDTHS:
+            raise UsageError(f"Integer codes have {', '.join(map(str, WIDTHS))} bits; got bits={self.bits!r}.")
+        if self.axis not in ("token", "channel"):
+            raise unknown("axis of Integer", self.axis, ("token", "channel"))
+        if self.group is not None and self.group < 1:
+            raise UsageError(f"Integer needs a group of at least 1 element, or None; got group={self.group!r}.")
+
+    @property
+    def block(self) -> int:
+        return 1 if self.axis == "token" else self.group or 32
+
+    def validate(self, head_dim: int) -> None:
+        per_byte = 8 // self.bits
+        if head_dim % per_byte:
+            raise UsageError(
+                f"codes of {self.bits} bits fill whole bytes only if head_dim is a multiple of {per_byte}; "
+                f"head_dim is {head_dim}. Use more bits."
+            )
+        if head_dim % self._channels(head_dim):
+            groups = [g for g in range(2, head_dim + 1) if head_dim % g == 0]
+            raise UsageError(
+                f"head_dim {head_dim} is not divisible by group {self.group} of {self}. "
+                f"Valid groups: {', '.join(map(str, groups))}, or None for one scale per token."
+            )
+
+    def encode(self, x: Array) -> IntegerStore:
+        *lead, tokens, head_dim = x.shape
+        self.validate(head_dim)
+        if tokens % self.block:
+            raise UsageError(f"{self} encodes blocks of {self.block} tokens; {tokens} tokens are not whole blocks.")
+        channels = self._channels(head_dim)
+        x = x.astype(jnp.float32).reshape(*lead, tokens // self.block, self.block, head_dim // channels, channels)
+
+        low, high = self._range(x)
+        scale, zero = self._scale(low, high)
+        step = scale.astype(jnp.float32)
+        base = step * -(2.0 ** (self.bits - 1)) if zero is None else zero.astype(jnp.float32)
+        inside = jnp.where(jnp.isnan(x), low, jnp.clip(x, low, high))
+        codes = jnp.clip(jnp.round((inside - base) / step), 0, 2**self.bits - 1).astype(jnp.uint8)
+
+        def squeeze(a: Array | None) -> Array | None:
+            return None if a is None else a.reshape(*a.shape[:-2], -1)
+
+        return IntegerStore(pack(codes.reshape(*codes.shape[:-2], head_dim), self.bits), squeeze(scale), squeeze(zero))
+
+    def loader(self, store: IntegerStore) -> IntegerLoader:
+        return IntegerLoader(store.codes, store.scale, store.zero, self.bits)
+
+    def error_bound(self, store: IntegerStore) -> Array:
+        """f32 [..., S, H]: no element within ±`LIMIT` is further than this from what it decodes to.
+
+        Half the stored scale, and the float32 rounding of `(x - zero) / scale` and of `code * scale + zero`.
+        """
+        scale = store.scale.astype(jnp.float32)
+        levels = 2.0**self.bits
+        zero = levels * scale if store.zero is None else jnp.abs(store.zero.astype(jnp.float32))
+        bound = 0.5 * scale + 2.0**-22 * (levels * scale + zero)
+        *lead, blocks, _, groups = bound.shape
+        head_dim = store.codes.shape[-1] * 8 // self.bits
+        full = jnp.broadcast_to(bound[..., None], (*lead, blocks, self.block, groups, head_dim // groups))
+        return full.reshape(*lead, blocks * self.block, head_dim)
+
+    def _channels(self, head_dim: int) -> int:
+        """Neighbouring channels that share a scale."""
+        return 1 if self.axis == "channel" else self.group or head_dim
+
+    def _range(self, x: Array) -> tuple[Array, Array]:
+        """Least and largest finite element of each scale group, within ±LIMIT; (0, 0) where nothing is finite."""
+        axis = -1 if self.axis == "token" else -3
+        finite = jnp.isfinite(x)
+        inside = jnp.clip(x, -LIMIT, LIMIT)
+        low = jnp.min(jnp.where(finite, inside, LIMIT), axis=axis, keepdims=True)
+        high = jnp.max(jnp.where(finite, inside, -LIMIT), axis=axis, keepdims=True)
+        some = jnp.any(finite, axis=axis, keepdims=True)
+        low, high = jnp.where(some, low, 0.0), jnp.where(some, high, 0.0)
+        if self.symmetric:
+            high = jnp.maximum(jnp.abs(low), jnp.abs(high))
+            low = -high
+        return low, high
+
+    def _scale(self, low: Array, high: Array) -> tuple[Array, Array | None]:
+        """bfloat16 (scale, zero) whose codes cover [low, high]."""
+        if self.symmetric:
+            return _round_up(jnp.maximum(high / (2 ** (self.bits - 1) - 1), MIN_SCALE)), None
+        zero = _round_down(low)
+        levels = 2**self.bits - 1
+        return _round_up(jnp.maximum((high - zero.astype(jnp.float32)) / levels, MIN_SCALE)), zero
+
+
+def _round_down(x: Array) -> Array:
+    """The largest bfloat16 that is at most `x` (float32, finite)."""
+    return _directed(x, away=jnp.signbit(x))
+
+
+def _round_up(x: Array) -> Array:
+    """The least bfloat16 that is at least `x` (float32, finite)."""
+    return _directed(x, away=~jnp.signbit(x))
+
+
+def _directed(x: Array, away: Array) -> Array:
+    """`x` cut to bfloat16, or the next bfloat16 away from 0 where that is inexact and `away` holds."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    inexact = (bits & 0xFFFF) != 0
+    cut = (bits >> 16) + (inexact & away).astype(jnp.uint32)
+    return jax.lax.bitcast_convert_type(cut.astype(jnp.uint16), jnp.bfloat16)

@@ -1,0 +1,162 @@
+"""`CacheMethod`: a point in the product of budget, policy, fate, codecs and schedule."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal
+
+import jax.numpy as jnp
+
+from kvjax.cache.budget import Budget, Full, Uniform
+from kvjax.cache.codec import Codec, Identity
+from kvjax.cache.fate import Drop, Fate
+from kvjax.cache.layout import CacheDims, Layout, ceil_to, ring_slots
+from kvjax.cache.policy import Policy, Recency
+from kvjax.cache.policy.base import check_word
+from kvjax.errors import UsageError
+from kvjax.typing import Array
+
+Prefill = Literal["exact", "streaming"]
+Positions = Literal["original", "renumbered"]
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheMethod:
+    """How one cache keeps its tokens. Frozen and hashable: a static argument of everything compiled.
+
+    Attributes:
+      name: for tables; `kvjax.cache.methods` makes names that can be parsed back.
+      budget: how many tokens keep a place. policy: which. fate: what becomes of the others.
+      keys, values: in which precision the body stores tokens; sinks and recent window are exact.
+      sinks: first tokens that are always kept, exactly.
+      recent: newest tokens that are always kept, exactly: a number, or (float) a share of the budget.
+      prefill: "exact" (the whole prompt attends to itself exactly, then each layer is compressed; what the papers do)
+        or "streaming" (chunks attend to the compressed cache and themselves; another algorithm, bounded memory).
+      every: tokens compete again each time this many have left the recent window after the prompt (a multiple of the
+        block); None means that what is decoded is always kept.
+      positions: "original" (keys stored rotated by the position in the text) or "renumbered" (keys stored unrotated
+        and rotated on read by their rank in the cache, as StreamingLLM does).
+    """
+
+    name: str = "custom"
+    budget: Budget = Full()
+    policy: Policy = Recency()
+    fate: Fate = Drop()
+    keys: Codec = Identity()
+    values: Codec = Identity()
+    sinks: int = 0
+    recent: int | float = 0
+    prefill: Prefill = "exact"
+    every: int | None = None
+    positions: Positions = "original"
+
+    def __post_init__(self) -> None:
+        problem = self._problem()
+        if problem:
+            raise UsageError(f"method {self.name!r} cannot work: {problem}")
+
+    def _problem(self) -> str | None:
+        check_word(self, "prefill", Prefill)
+        check_word(self, "positions", Positions)
+        if self.sinks < 0 or self.recent < 0:
+            return f"sinks and recent must not be negative; got {self.sinks} and {self.recent}"
+        if isinstance(self.recent, float) and not (self.budget.evicts and self.recent < 1):
+            return f"recent={self.recent} as a share needs a budget that evicts and a value below 1"
+        if not self.budget.evicts:
+            return "`every` needs a budget that evicts" if self.every is not None else None
+        least = self.policy.least_recent
+        if isinstance(self.recent, int) and self.recent < least:
+            return f"{type(self.policy).__name__} needs a recent window of at least {least} tokens; got {self.recent}"
+        if self.every is not None and (self.every < 1 or self.every % self.block):
+            return f"every={self.every} must be a positive multiple of the codecs' block of {self.block} tokens"
+        if not self.policy.online and self.every is not None:
+            return f"{type(self.policy).__name__} scores a prompt only, so decoded tokens cannot compete; use every=None"
+        if not self.policy.online and self.prefill == "streaming":
+            return (
+                f"{type(self.policy).__name__} scores with the prompt's last queries, which a streaming prefill has not "
+                "seen when it must evict; use prefill='exact' or another policy"
+            )
+        return None
+
+    @property
+    def block(self) -> int:
+        """Tokens that are encoded, evicted and read as a unit."""
+        return math.lcm(self.keys.block, self.values.block)
+
+    @property
+    def keeps_statistics(self) -> bool:
+        """Whether slots carry the attention that they have received."""
+        competes_later = self.every is not None or self.prefill == "streaming"
+        return self.budget.evicts and competes_later and self.policy.mass_reduce is not None
+
+    def for_layer(self, dims: CacheDims) -> CacheMethod:
+        """This method as one layer uses it: a layer with a sliding window keeps no more than the window."""
+        if self.budget.evicts or dims.window is None or dims.window >= dims.max_length:
+            return self
+        assert isinstance(self.recent, int)
+        recent = max(self.recent, 1)
+        window = ceil_to(dims.window, self.block) + self.sinks + ring_slots(recent, self.block)
+        return dataclasses.replace(
+            self, budget=Uniform(tokens_kept=window), policy=Recency(), recent=recent, every=self.block
+        )
+
+    def layout(self, dims: CacheDims) -> Layout:
+        """Slots of one layer's cache.
+
+        Raises:
+          UsageError: the head dimension does not fit a codec, or the budget is smaller than what is always kept.
+        """
+        self.keys.validate(dims.head_dim)
+        self.values.validate(dims.head_dim)
+        if not self.budget.evicts:
+            assert isinstance(self.recent, int)
+            ring = ring_slots(self.recent, self.block)
+            body = ceil_to(dims.max_length - self.sinks - ring, self.block)
+            return Layout(self.block, self.sinks, ring, body, body)
+        tokens = self.budget.tokens(dims.prompt_length)
+        ring = self._ring(tokens)
+        # A shorter row can have a smaller ring and, by rounding to blocks, one block more in its body.
+        kept = max(self._kept(t) for t in range(max(tokens - self.block, 1), tokens + 1))
+        self._check_kept(tokens, ring, kept, dims)
+        growth, spare = ceil_to(dims.max_length - dims.prompt_length, self.block), 0
+        if self.every is not None:
+            growth, spare = 0, self.every - self.block
+        most = ceil_to(dims.max_length - self.sinks - ring, self.block)
+        return Layout(self.block, self.sinks, ring, min(kept, most), min(kept + growth + spare, most))
+
+    def _check_kept(self, tokens: int, ring: int, kept: int, dims: CacheDims) -> None:
+        least = self.sinks + ring + (self.block if self.policy.per_head else 0)
+        if self.budget.relative or tokens >= min(least, dims.prompt_length):
+            return
+        raise UsageError(
+            f"method {self.name!r}: a budget of {tokens} tokens does not hold {self.sinks} sinks, a recent window of "
+            f"{ring} slots (recent={self.recent}, block={self.block}) and at least one block for the policy to choose. "
+            f"Raise the budget to {least} tokens or more, or shrink the sinks, the recent window or the codec's group."
+        )
+
+    def _ring(self, tokens: int) -> int:
+        recent = self.recent if isinstance(self.recent, int) else int(self.recent * tokens + 1e-4)
+        return ring_slots(max(recent, self.policy.least_recent), self.block)
+
+    def _kept(self, tokens: int) -> int:
+        free = (tokens - self.sinks - self._ring(tokens)) // self.block * self.block
+        return max(free, self.block if self.budget.relative else 0)
+
+    def row_slots(self, layout: Layout, prompt_lengths: Array) -> tuple[Array, Array]:
+        """What each row uses: slots of the ring, and slots of the body before its tokens compete; int32 [B] each."""
+        if not self.budget.evicts:
+            return jnp.full_like(prompt_lengths, layout.ring), jnp.full_like(prompt_lengths, layout.body)
+        tokens, block = self.budget.row_tokens(prompt_lengths), layout.block
+        recent = jnp.int32(self.recent)
+        if isinstance(self.recent, float):
+            recent = (tokens * jnp.float32(self.recent) + 1e-4).astype(jnp.int32)
+        recent = jnp.maximum(recent, self.policy.least_recent)
+        ring = jnp.minimum((recent - 2 + block) // block * block + block, layout.ring)
+        kept = (tokens - layout.sinks - ring) // block * block
+        return jnp.broadcast_to(ring, kept.shape), jnp.clip(kept, block if self.budget.relative else 0, layout.kept)
+
+    def is_no_op(self, dims: CacheDims) -> bool:
+        """Whether the budget is so large that nothing of the prompt is evicted and nothing is coded."""
+        exact = self.keys == Identity() and self.values == Identity()
+        return exact and (not self.budget.evicts or self.budget.tokens(dims.prompt_length) >= dims.prompt_length)

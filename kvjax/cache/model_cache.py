@@ -1,0 +1,117 @@
+"""`ModelCache`: the caches of all layers, what they hold, and how much room is left."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
+
+from kvjax.cache.layer_cache import LayerCache
+from kvjax.cache.layout import CacheDims
+from kvjax.cache.method import CacheMethod
+from kvjax.cache.plan import layer_bytes, resolve
+from kvjax.cache.segment import Segment
+from kvjax.errors import CacheFullError
+from kvjax.typing import Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ModelCache:
+    """One `LayerCache` per layer, and the length of each row's prompt (int32 [B])."""
+
+    layers: tuple[LayerCache, ...]
+    prompt_lengths: Array
+
+    @classmethod
+    def init(cls, method: CacheMethod, layers: Sequence[CacheDims], prompt_lengths: Array | None = None) -> ModelCache:
+        """An empty cache; a budget in bytes is resolved to tokens here.
+
+        Raises:
+          UsageError: the method does not fit the dimensions.
+        """
+        method = resolve(method, layers)
+        if prompt_lengths is None:
+            prompt_lengths = jnp.full((layers[0].batch,), layers[0].prompt_length, jnp.int32)
+        return cls(tuple(LayerCache.init(method, dims, prompt_lengths) for dims in layers), prompt_lengths)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __getitem__(self, layer: int) -> LayerCache:
+        return self.layers[layer]
+
+    def __iter__(self) -> Iterator[LayerCache]:
+        return iter(self.layers)
+
+    @property
+    def method(self) -> CacheMethod:
+        return self.layers[0].method
+
+    @property
+    def lengths(self) -> Array:
+        """int32 [B], tokens each row has seen."""
+        return self.layers[0].length
+
+    def fork(self) -> ModelCache:
+        """A copy with buffers of its own, so that both can be continued (steps donate their cache)."""
+        return jax.tree.map(jnp.copy, self)
+
+    def end_prompt(self) -> ModelCache:
+        """Marks the end of a streaming prefill."""
+        return dataclasses.replace(self, layers=tuple(layer.end_prompt() for layer in self.layers))
+
+    @property
+    def layer_bytes(self) -> list[int]:
+        """Allocated bytes of every layer: the sum of its buffers."""
+        return [sum(leaf.nbytes for leaf in jax.tree.leaves(layer)) for layer in self.layers]
+
+    @property
+    def planned_bytes(self) -> list[int]:
+        """What the method declares for every layer."""
+        return [layer_bytes(layer.method, layer.dims) for layer in self.layers]
+
+    @property
+    def nbytes(self) -> int:
+        """Allocated bytes of all layers."""
+        return sum(self.layer_bytes)
+
+    @property
+    def effective_bytes(self) -> int:
+        """The part of the segments' bytes whose slots hold a token."""
+        return round(sum(_used_bytes(s) for layer in self.layers for s in layer.segments))
+
+    @property
+    def full_bytes(self) -> int:
+        """Bytes of the keys and values of max_length tokens in bfloat16: what ratios refer to."""
+        return sum(2 * 2 * d.batch * d.kv_heads * d.head_dim * d.max_length for d in (c.dims for c in self.layers))
+
+    def room(self) -> NDArray[np.int64]:
+        """Tokens that each row can still append, int64 [B]."""
+        dims, method = self.layers[0].dims, self.method
+        lengths = np.asarray(self.lengths, np.int64)
+        room = dims.max_length - lengths
+        if method.budget.evicts and method.every is None:
+            room = np.minimum(room, dims.max_length - dims.prompt_length - (lengths - np.asarray(self.prompt_lengths)))
+        return room
+
+    def check_room(self, tokens: Sequence[int] | int) -> None:
+        """Raises CacheFullError, before anything is written, where a row cannot append its number of tokens."""
+        room = self.room()
+        needed = np.broadcast_to(np.asarray(tokens), room.shape)
+        if (row := int(np.argmax(needed - room))) is not None and needed[row] > room[row]:
+            length = int(self.lengths[row])
+            raise CacheFullError(
+                f"cache full: row {row} holds {length} tokens and is to append {int(needed[row])}, but it was made with "
+                f"room for {length + int(room[row])} (max_length {self.layers[0].dims.max_length}, prompt "
+                f"{self.layers[0].dims.prompt_length}). Make it with a larger max_length, or append less."
+            )
+
+
+def _used_bytes(segment: Segment) -> float:
+    total = sum(leaf.nbytes for leaf in jax.tree.leaves(segment))
+    return total * float(jnp.mean(segment.valid))

@@ -1,0 +1,149 @@
+"""Prefill: prompts of different lengths into one cache, exactly or in chunks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kvjax.cache.layout import CacheDims, ceil_to
+from kvjax.cache.method import CacheMethod
+from kvjax.cache.model_cache import ModelCache
+from kvjax.cache.plan import resolve
+from kvjax.errors import UsageError
+from kvjax.models.language_model import LanguageModel
+from kvjax.models.transformer import Transformer
+from kvjax.typing import Array, PyTree
+
+CHUNK = 256
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """A prefilled cache, and the logits that follow its last token (f32 [B, V])."""
+
+    cache: ModelCache
+    logits: Array
+
+    def fork(self) -> Context:
+        """A copy with buffers of its own: several continuations of one context."""
+        return jax.tree.map(jnp.copy, self)
+
+
+def bucket(length: int) -> int:
+    """The padded length of a prompt, so that few shapes are compiled: powers of two, then multiples of 512."""
+    if length > 512:
+        return ceil_to(length, 512)
+    return max(16, 1 << (length - 1).bit_length())
+
+
+def cache_dims(
+    model: LanguageModel, batch: int, prompt_length: int, max_length: int, dtype: str = "bfloat16"
+) -> list[CacheDims]:
+    """The dimensions of every layer's cache."""
+    config = model.config
+    return [
+        CacheDims(
+            batch=batch,
+            kv_heads=config.num_kv_heads,
+            query_heads=config.num_heads,
+            head_dim=config.head_dim,
+            max_length=max_length,
+            prompt_length=prompt_length,
+            dtype=dtype,
+            window=config.window_of(layer),
+            layer=layer,
+        )
+        for layer in range(config.num_layers)
+    ]
+
+
+def pad(rows: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows padded on the right with 0: int32 [B, length], and their lengths int32 [B]."""
+    tokens = np.zeros((len(rows), length), np.int32)
+    for row, ids in zip(tokens, rows, strict=True):
+        row[: len(ids)] = ids
+    return tokens, np.array([len(ids) for ids in rows], np.int32)
+
+
+def prefill(
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    method: CacheMethod,
+    *,
+    reserve: int = 256,
+    dtype: str = "bfloat16",
+    length: int | None = None,
+    chunk: int = CHUNK,
+) -> Context:
+    """Fills a cache with a batch of prompts (token ids).
+
+    Args:
+      reserve: tokens that each row can append later (questions and what is decoded).
+      dtype: of tokens that are stored exactly.
+      length: padded length of the prompts; default is a bucket.
+      chunk: tokens per step of a streaming prefill.
+
+    Raises:
+      UsageError: an empty prompt, a context beyond the model's limit, or a method that does not fit.
+    """
+    longest = max((len(ids) for ids in prompts), default=0)
+    if min((len(ids) for ids in prompts), default=0) == 0:
+        raise UsageError("an empty prompt has nothing to attend to; give at least one token per row")
+    length = bucket(longest) if length is None else length
+    if longest > length:
+        raise UsageError(f"a prompt of {longest} tokens does not fit the padded length {length}")
+    check_context(model, longest + reserve)
+    tokens, lengths = pad(prompts, length)
+    dims = tuple(cache_dims(model, len(prompts), length, length + reserve, dtype))
+    method = resolve(method, dims)
+    if method.prefill == "exact":
+        logits, cache = _prefill_exact(model.module, method, dims, model.params, tokens, lengths)
+        return Context(cache, logits)
+    cache = ModelCache.init(method, dims, jnp.asarray(lengths))
+    logits = jnp.zeros((len(prompts), model.config.vocab_size), jnp.float32)
+    for start in range(0, length, chunk):
+        part = tokens[:, start : start + chunk]
+        inside = np.clip(lengths - start, 0, part.shape[1])
+        logits, cache = extend(model.module, model.params, cache, logits, part, inside)
+    return Context(cache.end_prompt(), logits)
+
+
+def check_context(model: LanguageModel, tokens: int) -> None:
+    """Raises UsageError where a row would go beyond the positions that the model was made for."""
+    limit = model.config.max_positions
+    if tokens > limit:
+        raise UsageError(
+            f"{tokens} tokens (prompt and what is to follow) are beyond the {limit} positions of model {model.name!r}. "
+            f"Shorten the context, reserve less, or load a model with a longer context."
+        )
+
+
+@jax.jit(static_argnames=("module", "method", "dims"))
+def _prefill_exact(
+    module: Transformer, method: CacheMethod, dims: tuple[CacheDims, ...], params: PyTree, tokens: Array, lengths: Array
+) -> tuple[Array, ModelCache]:
+    cache = ModelCache.init(method, dims, lengths)
+    valid = jnp.arange(tokens.shape[1]) < lengths[:, None]
+    logits, layers = module.apply({"params": params}, tokens, cache=cache.layers, valid=valid, logits_at=lengths - 1)
+    return logits[:, 0], dataclasses.replace(cache, layers=layers)
+
+
+@jax.jit(static_argnames=("module",), donate_argnames=("cache", "logits"))
+def extend(
+    module: Transformer, params: PyTree, cache: ModelCache, logits: Array, tokens: Array, lengths: Array
+) -> tuple[Array, ModelCache]:
+    """Appends a chunk: tokens int32 [B, T] of which the first `lengths` [B] of each row exist.
+
+    Returns:
+      The logits after each row's last token (f32 [B, V]; the given ones for rows that append nothing), and the cache.
+    """
+    valid = jnp.arange(tokens.shape[1]) < lengths[:, None]
+    last = jnp.maximum(lengths - 1, 0)
+    fresh, layers = module.apply({"params": params}, tokens, cache=cache.layers, valid=valid, logits_at=last)
+    logits = jnp.where((lengths > 0)[:, None], fresh[:, 0], logits)
+    return logits, dataclasses.replace(cache, layers=layers)

@@ -1,0 +1,32 @@
+"""A prefilled context, or only its cache, on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kvjax.cache import save as folder
+from kvjax.cache.model_cache import ModelCache
+from kvjax.engine.prefill import Context
+
+
+def save_cache(cache: ModelCache | Context, path: str | Path, *, overwrite: bool = False) -> None:
+    """Writes a cache (and the logits of a context) to the folder `path`; see `kvjax.cache.save.save`.
+
+    Raises:
+      UsageError: `path` exists and `overwrite` is False or it is not a saved cache, or the cache cannot be saved.
+    """
+    if isinstance(cache, Context):
+        folder.save(cache.cache, path, extras={"logits": cache.logits}, overwrite=overwrite)
+    else:
+        folder.save(cache, path, overwrite=overwrite)
+
+
+def load_cache(path: str | Path) -> ModelCache | Context:
+    """What `save_cache` wrote, bit for bit: a context if it was one.
+
+    Raises:
+      UsageError: no saved cache, or one that needs a part or a version that this kvjax does not know.
+      CorruptDataError: the folder is damaged; names the file and the leaf.
+    """
+    cache, extras = folder.load(path)
+    return Context(cache, extras["logits"]) if "logits" in extras else cache

@@ -1,0 +1,1 @@
+"""Comparisons of cache methods: what each one costs and what it loses."""

@@ -1,0 +1,133 @@
+"""`Batch`: rows of one workload on the device, and caches of any method at the point where their follow-up begins."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import cached_property
+
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
+
+from kvjax.cache.method import CacheMethod
+from kvjax.cache.model_cache import ModelCache
+from kvjax.cache.recorder import RecordedPrompt
+from kvjax.engine.prefill import Context, pad
+from kvjax.engine.prefill import prefill as engine_prefill
+from kvjax.errors import UsageError
+from kvjax.evaluation import program
+from kvjax.evaluation.setting import Setting
+from kvjax.evaluation.workload import Item
+from kvjax.models.language_model import LanguageModel
+from kvjax.typing import Array
+
+
+class Batch:
+    """At most `setting.batch` items; missing rows repeat the last item and are not counted.
+
+    All items have a prompt, or none has.
+    """
+
+    def __init__(self, model: LanguageModel, setting: Setting, items: Sequence[Item]) -> None:
+        self.model, self.setting, self.items = model, setting, items
+        self._rows = [*items, *[items[-1]] * (setting.batch - len(items))]
+
+    @property
+    def streamed(self) -> bool:
+        """Whether there is no prompt."""
+        return len(self.items[0].prompt) == 0
+
+    def record(self) -> tuple[Array, tuple[RecordedPrompt, ...], Array]:
+        """One exact pass over the prompts: logits f32 [B, V], every layer's prompt, lengths int32 [B]."""
+        tokens, lengths = pad([item.prompt for item in self._rows], self.setting.prompt)
+        logits, prompt = program.record_prompt(self.model.module, self.model.params, tokens, lengths)
+        return logits, prompt, jnp.asarray(lengths)
+
+    @cached_property
+    def recorded(self) -> tuple[Array, tuple[RecordedPrompt, ...], Array]:
+        """`record`, once."""
+        return self.record()
+
+    def start(self, method: CacheMethod) -> Context:
+        """The prompts in a cache of `method` (budget in tokens), with buffers of its own.
+
+        Without prompts: an empty cache whose tokens compete from the first one on. Prompts of a method that compresses
+        at the prompt's end all come from `recorded`; a streaming method runs its own prefill.
+
+        Raises:
+          UsageError: there are no prompts, and the policy needs one to score.
+        """
+        dims = self.setting.dims(self.model)
+        if self.streamed:
+            method = streamed(method)
+            empty = ModelCache.init(method, dims)
+            layers = tuple(dataclasses.replace(layer, phase="prompt") for layer in empty.layers)
+            logits = jnp.zeros((self.setting.batch, self.model.config.vocab_size), jnp.float32)
+            return Context(dataclasses.replace(empty, layers=layers), logits)
+        if method.prefill == "exact":
+            logits, prompt, lengths = self.recorded
+            return Context(program.compress(method, dims, prompt, lengths), logits)
+        prompts = [item.prompt.tolist() for item in self._rows]
+        setting = self.setting
+        return engine_prefill(
+            self.model, prompts, method, reserve=setting.room, dtype=setting.dtype, length=setting.prompt
+        )
+
+    def pieces(self) -> list[Piece]:
+        """What follows the prompts, cut to the room of a setting: one piece, or many where there is no prompt."""
+        size = self.setting.room
+        longest = max(len(item.follow) for item in self._rows)
+        return [self._piece(start, size) for start in range(0, longest, size)]
+
+    def _piece(self, start: int, size: int) -> Piece:
+        tokens, lengths = pad([item.follow[start : start + size] for item in self._rows], size)
+        graded = np.zeros(tokens.shape, bool)
+        for row, item in zip(graded, self.items, strict=False):
+            places = np.arange(start, start + size)
+            row[:] = (places >= len(item.follow) - item.graded) & (places < len(item.follow))
+        total = np.array([len(item.follow) for item in self._rows])
+        # Nothing is predicted from a row's last token, so it need not be fed.
+        fed = np.clip(total - 1 - start, 0, lengths)
+        return Piece(tokens, fed.astype(np.int32), graded)
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Tokens to feed: int32 [B, F], how many of each row int32 [B], and which of them are graded, bool [B, F]."""
+
+    tokens: NDArray[np.int32]
+    fed: NDArray[np.int32]
+    graded: NDArray[np.bool_]
+
+    @property
+    def steps(self) -> NDArray[np.int32]:
+        """How many tokens the longest row feeds, an int32 scalar."""
+        return np.asarray(self.fed.max(), np.int32)
+
+
+def streamed(method: CacheMethod) -> CacheMethod:
+    """The method as it works when its tokens compete from the first one on.
+
+    Raises:
+      UsageError: its policy scores whole prompts only.
+    """
+    return dataclasses.replace(method, prefill="streaming")
+
+
+def can_stream(method: CacheMethod) -> bool:
+    """Whether the method works without a whole prompt."""
+    try:
+        streamed(method)
+    except UsageError:
+        return False
+    return True
+
+
+def feed(model: LanguageModel, context: Context, piece: Piece) -> tuple[Context, Array]:
+    """Appends a piece token by token. Consumes the context; returns it, and the predictions f32 [B, F + 1, V]."""
+    cache, predicted = program.feed(
+        model.module, model.params, context.cache, context.logits, piece.tokens, piece.fed, piece.steps
+    )
+    last = jnp.take_along_axis(predicted, jnp.asarray(piece.fed)[:, None, None], axis=1)[:, 0]
+    return Context(cache, last), predicted

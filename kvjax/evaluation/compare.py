@@ -1,0 +1,111 @@
+"""`compare`: methods against each other on one model, with the same tasks, contexts, examples and budget."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+
+from kvjax.cache.method import CacheMethod
+from kvjax.evaluation import report
+from kvjax.evaluation.finding import findings
+from kvjax.evaluation.plan import Options, Plan, Record, Track
+from kvjax.evaluation.summary import Row, summarise
+from kvjax.evaluation.table import tables
+from kvjax.models.language_model import LanguageModel
+
+METHODS = ("streaming_llm", "h2o", "snapkv", "kivi-4", "kivi-2", "int8", "int4")
+TASKS = ("needle", "kv", "multiquery", "perplexity-prefill")
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Records, one per method, task, context and seed; printing it gives the table.
+
+    Attributes:
+      records: see `compare`. config: what was asked.
+    """
+
+    records: list[Record]
+    config: Mapping[str, Any]
+
+    @property
+    def rows(self) -> list[Row]:
+        """One row per method and context, over all tasks and seeds, with 95 % intervals."""
+        return summarise(self.records)
+
+    @property
+    def findings(self) -> list[str]:
+        """What the comparison shows, in sentences that its intervals bear."""
+        return findings(self.rows)
+
+    def write_report(self, folder: Path, run: Mapping[str, Any] | None = None) -> Path:
+        """Writes report.html into a folder that exists; `run` says on what it ran (see `report.html`)."""
+        return report.write(folder, self.records, config=self.config, run=run or {})
+
+    def __rich__(self) -> RenderableType:
+        return Group(*tables(self.rows))
+
+    def __str__(self) -> str:
+        text = io.StringIO()
+        Console(file=text, width=100).print(self)
+        return text.getvalue().rstrip()
+
+
+def compare(
+    model: LanguageModel,
+    methods: Sequence[str | CacheMethod] = METHODS,
+    tasks: Sequence[str] = TASKS,
+    *,
+    context: int | Sequence[int] | None = None,
+    seeds: int = 3,
+    examples: int = 32,
+    batch: int = 16,
+    budget: str | None = None,
+    query_aware: bool = False,
+    dtype: str = "bfloat16",
+    out: str | Path | None = None,
+    progress: Track | None = None,
+) -> Comparison:
+    """Measures what cache methods cost and what they lose.
+
+    Args:
+      methods: names ("snapkv:tokens=256+int4") or `CacheMethod`s; full, random and streaming_llm are always added.
+      tasks: names of recall tasks, `perplexity-prefill`, `perplexity-stream`, or `perplexity` for both.
+      context: tokens of a row, or several; default is 1,024, or the model's limit where that is less.
+      seeds: 0 to seeds - 1, each with other examples.
+      examples: per task and seed.
+      batch: rows at a time.
+      budget: for every method that evicts and whose name says no budget: "256" tokens, "25%" of the prompt, "64KiB" of
+        a row's bytes, or a method's name ("int4": that method's own allocated bytes). Without it, such methods keep
+        their default share.
+      query_aware: show the question while the cache is compressed; by default it is hidden.
+      dtype: of tokens that a cache stores exactly.
+      out: a folder for report.html, made if need be.
+      progress: makes a progress display.
+
+    Returns:
+      Records with the fields method, task, context, seed, examples, score (share of right answers, in [0, 1]; None for
+      text), perplexity and bits_per_byte (None for recall), kl (nats per token, from the full cache's next-token
+      distribution), attention_error (relative, against the full cache on the same inputs), cache_bytes,
+      effective_bytes, layer_bytes (of one row), bytes_per_token, bits_per_element, ratio (to the full bf16 cache),
+      tokens_held, prefill_ms and decode_ms_per_token (of a batch of `batch` rows, medians), prefill_ms_quartiles,
+      decode_ms_quartiles, batch, budget, query_aware and note.
+
+    Raises:
+      UsageError: before anything runs: an unknown method or task, a context beyond the model's limit or too short for a
+        task, a budget too small for what a method always keeps.
+      KvjaxError: a cache's live buffers are not what its method declares.
+    """
+    options = Options(context, seeds, examples, batch, budget, query_aware, dtype)
+    plan = Plan.make(model, methods, tasks, options)
+    records = list(plan.run(track=progress))
+    comparison = Comparison(records, plan.config)
+    if out is not None:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        comparison.write_report(Path(out))
+    return comparison

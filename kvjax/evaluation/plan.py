@@ -1,0 +1,196 @@
+"""`Plan`: a comparison that has been checked, and the loop that runs it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+from kvjax.cache.method import CacheMethod
+from kvjax.errors import UsageError
+from kvjax.evaluation import accuracy, profile
+from kvjax.evaluation.batch import Batch, can_stream
+from kvjax.evaluation.contender import REFERENCE, CommonBudget, Contender, contenders
+from kvjax.evaluation.setting import Setting
+from kvjax.evaluation.tally import Tally
+from kvjax.evaluation.workload import WORKLOADS, Source, expand, room
+from kvjax.models.language_model import LanguageModel
+
+Record = dict[str, Any]
+Advance = Callable[..., None]
+#: `track(label, total)` is a context manager whose value is `advance(steps=1, note="")`.
+Track = Callable[[str, int], AbstractContextManager[Advance]]
+
+KEY = ("method", "task", "context", "seed")
+SAME_BYTES = 0.02
+CANNOT_STREAM = "needs whole prompts, so no text can be streamed through it"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How a comparison is done; see `kvjax.compare`."""
+
+    context: int | Sequence[int] | None = None
+    seeds: int = 3
+    examples: int = 32
+    batch: int = 16
+    budget: str | None = None
+    query_aware: bool = False
+    dtype: str = "bfloat16"
+
+
+class Unit(NamedTuple):
+    """One task and seed at one context, with the methods that are still to be measured on it."""
+
+    setting: Setting
+    task: str
+    seed: int
+    methods: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is going to be measured.
+
+    Attributes:
+      contenders: the methods, baselines first.
+      fitted: per setting, the methods by name, with their budgets in tokens.
+      tasks: names of workloads.
+    """
+
+    model: LanguageModel
+    source: Source
+    contenders: tuple[Contender, ...]
+    fitted: Mapping[Setting, Mapping[str, CacheMethod]]
+    tasks: tuple[str, ...]
+    options: Options
+
+    @classmethod
+    def make(
+        cls, model: LanguageModel, methods: Sequence[str | CacheMethod], tasks: Sequence[str], options: Options
+    ) -> Plan:
+        """Checks everything that can be checked before the model runs; arguments and errors as in `kvjax.compare`."""
+        for name in ("seeds", "examples", "batch"):
+            if getattr(options, name) < 1:
+                raise UsageError(f"{name} must be at least 1, got {getattr(options, name)}")
+        chosen, named = contenders(methods), expand(tasks)
+        if not named:
+            raise UsageError(f"no task is named; choose from {', '.join(WORKLOADS)}")
+        source = Source(model)
+        common = CommonBudget.parse(options.budget)
+        fitted = {}
+        for setting in _settings(model, source, options):
+            setting.check(model)
+            for task in named:
+                WORKLOADS[task].items(source, setting, 1, 0)
+            fitted[setting] = {c.name: c.fit(common, model, setting) for c in chosen}
+        return cls(model, source, tuple(chosen), fitted, tuple(named), options)
+
+    @property
+    def config(self) -> Record:
+        """What is compared, for reports."""
+        return dataclasses.asdict(self.options) | {
+            "model": self.model.name,
+            "methods": [contender.name for contender in self.contenders],
+            "tasks": list(self.tasks),
+            "context": [setting.context for setting in self.fitted],
+        }
+
+    def run(self, done: Iterable[Record] = (), track: Track | None = None) -> Iterator[Record]:
+        """Measures what is not in `done`, and yields each record as soon as it is finished.
+
+        Raises:
+          KvjaxError: a cache's live buffers are not what its method declares.
+        """
+        units = self._units(done)
+        costs: dict[Setting, dict[str, Record]] = {setting: {} for setting in self.fitted}
+        total = sum(-(-self.options.examples // unit.setting.batch) * len(unit.methods) for unit in units)
+        with (track or _silent)("compare", total) as advance:
+            for unit in units:
+                known = costs[unit.setting]
+                known |= self._profile(unit.setting, [n for n in unit.methods if n not in known], advance)
+                for record in self._measure(unit, advance):
+                    notes = [note for note in (known[record["method"]]["note"], record.pop("note")) if note]
+                    yield record | known[record["method"]] | {"note": "; ".join(notes)}
+
+    def _units(self, done: Iterable[Record]) -> list[Unit]:
+        finished = {tuple(record[key] for key in KEY) for record in done}
+        units = []
+        for setting, methods in self.fitted.items():
+            for task in self.tasks:
+                for seed in range(self.options.seeds):
+                    left = tuple(name for name in methods if (name, task, setting.context, seed) not in finished)
+                    units += [Unit(setting, task, seed, left)] if left else []
+        return units
+
+    def _measure(self, unit: Unit, advance: Advance) -> Iterator[Record]:
+        """Accuracy and fidelity of every method of a unit."""
+        setting, workload = unit.setting, WORKLOADS[unit.task]
+        methods = {name: self.fitted[setting][name] for name in unit.methods}
+        able = {name: m for name, m in methods.items() if can_stream(m)} if workload.streamed else methods
+        tallies = {name: Tally() for name in methods}
+        items = workload.items(self.source, setting, self.options.examples, unit.seed)
+        for start in range(0, len(items), setting.batch):
+            batch = Batch(self.model, setting, items[start : start + setting.batch])
+            for name in accuracy.run(batch, self.fitted[setting][REFERENCE], able, tallies, errors=start == 0):
+                advance(1, note=f"{unit.task} {name}")
+            advance(len(methods) - len(able))
+        for name in methods:
+            key = {"method": name, "task": unit.task, "context": setting.context, "seed": unit.seed}
+            yield key | tallies[name].results(workload.scored) | {"note": "" if name in able else CANNOT_STREAM}
+
+    def _profile(self, setting: Setting, names: Sequence[str], advance: Advance) -> dict[str, Record]:
+        """What the methods cost, by name."""
+        if not names:
+            return {}
+        items = WORKLOADS["perplexity-prefill"].items(self.source, setting, setting.batch, seed=0)
+        batch, common = Batch(self.model, setting, items), CommonBudget.parse(self.options.budget)
+        one_pass = profile.time_pass(batch)
+        fields = {}
+        for contender in self.contenders:
+            if contender.name in names:
+                advance(0, note=f"profile {contender.name}")
+                cost = profile.measure(batch, self.fitted[setting][contender.name], one_pass)
+                target = contender.target_bytes(common, setting.dims(self.model))
+                fields[contender.name] = _fields(cost, target) | {
+                    "batch": setting.batch,
+                    "budget": self.options.budget,
+                    "query_aware": setting.query_aware,
+                }
+        return fields
+
+
+def _settings(model: LanguageModel, source: Source, options: Options) -> list[Setting]:
+    context = min(1024, model.config.max_positions) if options.context is None else options.context
+    lengths = [context] if isinstance(context, int) else dict.fromkeys(context)
+    batch, follow = min(options.batch, options.examples), room(source.vocabulary)
+    return [Setting(length, follow, batch, options.query_aware, options.dtype) for length in lengths]
+
+
+def _fields(cost: profile.Cost, target: int | None) -> Record:
+    """A record's part that says what a method costs; target: bytes of a row that it was to take."""
+    notes = [cost.note] if cost.note else []
+    if target is not None and abs(cost.cache_bytes - target) > SAME_BYTES * target:
+        notes.append(f"{cost.cache_bytes / target:.0%} of the budget's bytes")
+    return {
+        "cache_bytes": cost.cache_bytes,
+        "effective_bytes": cost.effective_bytes,
+        "layer_bytes": list(cost.layer_bytes),
+        "bytes_per_token": cost.bytes_per_token,
+        "bits_per_element": cost.bits_per_element,
+        "ratio": cost.ratio,
+        "tokens_held": cost.tokens_held,
+        "prefill_ms": cost.prefill.median,
+        "prefill_ms_quartiles": [cost.prefill.low, cost.prefill.high],
+        "decode_ms_per_token": cost.decode.median,
+        "decode_ms_quartiles": [cost.decode.low, cost.decode.high],
+        "note": "; ".join(notes),
+    }
+
+
+@contextlib.contextmanager
+def _silent(label: str, total: int) -> Iterator[Advance]:
+    del label, total
+    yield lambda steps=1, note="": None

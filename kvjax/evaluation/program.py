@@ -1,0 +1,176 @@
+"""The compiled programs of a comparison, few and shared: compiling is what a comparison of small models waits for.
+
+Whole-model programs: `record_prompt` (once for all methods), `feed` (once per method) and `record_steps` (for the
+reference). What else a method needs is compiled for one layer and serves every layer of the same shape.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from kvjax.cache.layer_cache import LayerCache
+from kvjax.cache.layout import CacheDims
+from kvjax.cache.method import CacheMethod
+from kvjax.cache.model_cache import ModelCache
+from kvjax.cache.recorder import PromptRecorder, RecordedPrompt, RecordedStep, StepRecorder
+from kvjax.models.transformer import Transformer
+from kvjax.typing import Array, PyTree
+
+
+@partial(jax.jit, static_argnames=("module",))
+def record_prompt(
+    module: Transformer, params: PyTree, tokens: Array, lengths: Array
+) -> tuple[Array, tuple[RecordedPrompt, ...]]:
+    """The exact pass over prompts int32 [B, P]: the logits after each row's last token f32 [B, V], and every layer's
+    prompt."""
+    empty = tuple(PromptRecorder(jnp.zeros_like(lengths)) for _ in range(module.config.num_layers))
+    valid = jnp.arange(tokens.shape[1]) < lengths[:, None]
+    logits, layers = module.apply({"params": params}, tokens, cache=empty, valid=valid, logits_at=lengths - 1)
+    return logits[:, 0], layers
+
+
+def compress(
+    method: CacheMethod, dims: tuple[CacheDims, ...], prompt: tuple[RecordedPrompt, ...], lengths: Array
+) -> ModelCache:
+    """The cache that `method` makes of a recorded prompt, layer by layer; its budget must be in tokens."""
+    layers = []
+    for layer_dims, recorded in zip(dims, prompt, strict=True):
+        heads = layer_dims.layer * layer_dims.kv_heads + jnp.arange(layer_dims.kv_heads, dtype=jnp.int32)
+        layer = _compress_layer(method, _anonymous(layer_dims), recorded, lengths, heads)
+        layers.append(dataclasses.replace(layer, dims=layer_dims))
+    return ModelCache(tuple(layers), jnp.copy(lengths))  # steps donate the cache: no buffer may be shared
+
+
+@partial(jax.jit, static_argnames=("method", "dims"))
+def _compress_layer(
+    method: CacheMethod, dims: CacheDims, recorded: RecordedPrompt, lengths: Array, head_index: Array
+) -> LayerCache:
+    cache = dataclasses.replace(LayerCache.init(method, dims, lengths), head_index=head_index)
+    return cache.absorb_prompt(recorded.step, recorded.log_sum_exp)
+
+
+def _anonymous(dims: CacheDims) -> CacheDims:
+    """The dimensions without the layer's number, which only `head_index` depends on: equal layers share a program."""
+    return dataclasses.replace(dims, layer=0)
+
+
+@partial(jax.jit, static_argnames=("module",), donate_argnames=("cache",))
+def feed(
+    module: Transformer, params: PyTree, cache: ModelCache, logits: Array, tokens: Array, lengths: Array, steps: Array
+) -> tuple[ModelCache, Array]:
+    """Appends tokens one by one, as decoding does, and keeps what the model predicted before each of them.
+
+    Args:
+      logits: f32 [B, V], before the first token.
+      tokens: int32 [B, F], of which the first `lengths` [B] of each row exist.
+      steps: int32, how many tokens to feed; at most F.
+
+    Returns:
+      The cache, and f32 [B, F + 1, V]: entry i predicts token i (zeros beyond `steps`).
+    """
+    batch, size = tokens.shape
+    predicted = jnp.zeros((batch, size + 1, logits.shape[-1]), jnp.float32).at[:, 0].set(logits)
+
+    def one(i: Array, carry: tuple[ModelCache, Array]) -> tuple[ModelCache, Array]:
+        cache, predicted = carry
+        valid = (i < lengths)[:, None]
+        at = jnp.zeros((batch,), jnp.int32)
+        token = jax.lax.dynamic_slice_in_dim(tokens, i, 1, axis=1)
+        fresh, layers = module.apply({"params": params}, token, cache=cache.layers, valid=valid, logits_at=at)
+        return dataclasses.replace(cache, layers=layers), jax.lax.dynamic_update_slice_in_dim(
+            predicted, fresh, i + 1, 1
+        )
+
+    return jax.lax.fori_loop(0, steps, one, (cache, predicted))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerRecording:
+    """One layer's steps and what a reference gave back, leaves [F, B, ...]; the output projection, a weight, once."""
+
+    seen: RecordedStep
+    output_projection: Array | None
+
+
+@partial(jax.jit, static_argnames=("module",))
+def record_steps(
+    module: Transformer, params: PyTree, cache: ModelCache, tokens: Array, lengths: Array, steps: Array
+) -> tuple[LayerRecording, ...]:
+    """What every layer was handed and gave back while `feed` would run; zeros beyond `steps`."""
+
+    def recorders(layers: tuple[LayerCache, ...], i: Array) -> tuple[StepRecorder, ...]:
+        valid = (i < lengths)[:, None]
+        token = jax.lax.dynamic_slice_in_dim(tokens, i, 1, axis=1)
+        fresh = tuple(StepRecorder(layer) for layer in layers)
+        return module.apply({"params": params}, token, cache=fresh, valid=valid)[1]
+
+    def one(layers: tuple[LayerCache, ...], i: Array) -> tuple[tuple[LayerCache, ...], tuple[RecordedStep, ...]]:
+        after = recorders(layers, i)
+        return tuple(r.inner for r in after), tuple(_without_projection(r.seen) for r in after)
+
+    def body(i: Array, carry: tuple[tuple[LayerCache, ...], PyTree]) -> tuple[tuple[LayerCache, ...], PyTree]:
+        layers, kept = carry
+        layers, seen = one(layers, i)
+        return layers, jax.tree.map(lambda all_steps, new: all_steps.at[i].set(new), kept, seen)
+
+    shapes = jax.eval_shape(one, cache.layers, jnp.int32(0))[1]
+    kept = jax.tree.map(lambda s: jnp.zeros((tokens.shape[1], *s.shape), s.dtype), shapes)
+    kept = jax.lax.fori_loop(0, steps, body, (cache.layers, kept))[1]
+    projections = [r.seen.step.output_projection for r in recorders(cache.layers, jnp.int32(0))]
+    return tuple(map(LayerRecording, kept, projections))
+
+
+def _without_projection(seen: RecordedStep) -> RecordedStep:
+    return dataclasses.replace(seen, step=dataclasses.replace(seen.step, output_projection=None))
+
+
+def attention_errors(cache: ModelCache, recorded: tuple[LayerRecording, ...], steps: Array) -> Array:
+    """Relative error of each layer's attention output when `cache` is handed the recorded steps, f32 [L].
+
+    The root of the summed squared difference over the summed squared recorded output, over all valid tokens and heads.
+    Every layer sees the reference's inputs, so errors of earlier layers do not add up.
+    """
+    layers = [dataclasses.replace(layer, dims=_anonymous(layer.dims)) for layer in cache]
+    return jnp.stack([_layer_error(*pair, steps) for pair in zip(layers, recorded, strict=True)])
+
+
+@jax.jit
+def _layer_error(cache: LayerCache, recorded: LayerRecording, steps: Array) -> Array:
+    def one(i: Array, carry: tuple[LayerCache, Array, Array]) -> tuple[LayerCache, Array, Array]:
+        cache, error, norm = carry
+        now = jax.tree.map(lambda leaf: leaf[i], recorded.seen)
+        output, cache = cache.step(dataclasses.replace(now.step, output_projection=recorded.output_projection))
+        valid = now.step.valid[..., None, None]
+        expected = now.output.astype(jnp.float32)
+        error += jnp.sum(jnp.where(valid, output.astype(jnp.float32) - expected, 0.0) ** 2)
+        return cache, error, norm + jnp.sum(jnp.where(valid, expected, 0.0) ** 2)
+
+    zero = jnp.float32(0.0)
+    _, error, norm = jax.lax.fori_loop(0, steps, one, (cache, zero, zero))
+    return jnp.sqrt(error / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny))
+
+
+@jax.jit
+def grade(predicted: Array, reference: Array, tokens: Array, graded: Array) -> tuple[Array, Array, Array]:
+    """Teacher-forced predictions against the tokens and against a reference's predictions.
+
+    Args:
+      predicted, reference: logits f32 [B, F + 1, V] as `feed` gives them.
+      tokens: int32 [B, F]. graded: bool [B, F], which tokens count.
+
+    Returns:
+      Whether the likeliest token is the right one, bool [B, F]; the right one's surprisal, f32 [B, F] in nats; and
+      the Kullback-Leibler divergence from the reference's distribution to this one, f32 [B, F] in nats. The last two
+      are 0 where a token does not count.
+    """
+    ours = jax.nn.log_softmax(predicted[:, :-1])
+    theirs = jax.nn.log_softmax(reference[:, :-1])
+    hits = jnp.argmax(predicted[:, :-1], axis=-1) == tokens
+    surprisal = -jnp.take_along_axis(ours, tokens[..., None], axis=-1)[..., 0]
+    divergence = jnp.sum(jnp.exp(theirs) * (theirs - ours), axis=-1)
+    return hits, jnp.where(graded, surprisal, 0.0), jnp.where(graded, divergence, 0.0)

@@ -1,0 +1,86 @@
+"""The comparison as a table for a terminal of 100 columns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.table import Table
+from rich.text import Text
+
+from kvjax.evaluation.finding import percent
+from kvjax.evaluation.plot import byte_size
+from kvjax.evaluation.summary import Estimate, Row, by_context, frontier, names, points
+
+#: Columns that fit beside the method's name.
+MOST_TASKS = 4
+
+
+def tables(rows: Sequence[Row]) -> list[Table]:
+    """For each context one table with costs and means and the tasks, split where there are more than fit."""
+    made = []
+    for context, group in by_context(rows).items():
+        tasks = names(row.scores for row in group)
+        made.append(_costs(context, group, tasks if len(tasks) <= MOST_TASKS else []))
+        if len(tasks) > MOST_TASKS:
+            made += [_tasks(group, tasks[i : i + 2 * MOST_TASKS]) for i in range(0, len(tasks), 2 * MOST_TASKS)]
+    return made
+
+
+def spread(score: Estimate | None) -> str:
+    """ "97 ±3": percent, with the longer side of the 95 % interval."""
+    if score is None:
+        return "–"
+    half = max(score.high - score.mean, score.mean - score.low)
+    return f"{100 * score.mean:.0f} ±{100 * half:.0f}"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A number with that many significant digits, or a dash."""
+    if value is None:
+        return "–"
+    if abs(value) >= 10 ** (digits - 1) or value == 0:
+        return f"{value:.0f}"
+    return f"{value:.{digits}g}"
+
+
+def _costs(context: int, rows: Sequence[Row], tasks: Sequence[str]) -> Table:
+    examples = max(row.examples for row in rows)
+    perplexities = names(row.perplexity for row in rows)
+    table = _empty(
+        f"{context} tokens, {examples} examples per method; percent right ± 95 % interval; • Pareto frontier"
+    )
+    headers = ["ppl"] if len(perplexities) == 1 else perplexities
+    for header in ("cache", "of full", "mean", *tasks, *headers, "KL", "ms/token"):
+        table.add_column(header, justify="right", no_wrap=True)
+    best = {point.row.method for point in frontier(points(rows))}
+    for row in rows:
+        name = Text(("• " if row.method in best else "  ") + row.method, "bold" if row.method in best else "")
+        if row.notes:
+            name.append(f" ({'; '.join(row.notes)})", "dim")
+        table.add_row(
+            name,
+            byte_size(row.cache_bytes),
+            percent(row.ratio),
+            Text(spread(row.score), "bold"),
+            *(spread(row.scores.get(task)) for task in tasks),
+            *(number(row.perplexity.get(task)) for task in perplexities),
+            "–" if row.kl is None else f"{row.kl:.3f}",
+            number(row.decode_ms_per_token, 2),
+        )
+    return table
+
+
+def _tasks(rows: Sequence[Row], tasks: Sequence[str]) -> Table:
+    table = _empty("by task")
+    for task in tasks:
+        table.add_column(task, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(Text("  " + row.method), *(spread(row.scores.get(task)) for task in tasks))
+    return table
+
+
+def _empty(title: str) -> Table:
+    """A table with its method column: the only one that may fold, so that numbers are never cut."""
+    table = Table(title=title, title_style="none", title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("method", overflow="fold", min_width=12, max_width=30)
+    return table

@@ -1,0 +1,1 @@
+"""Decoder-only transformers in Flax Linen, and Hugging Face folders in and out."""

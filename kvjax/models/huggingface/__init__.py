@@ -1,0 +1,6 @@
+"""Hugging Face folders (config.json, *.safetensors, tokenizer.json) in and out."""
+
+from kvjax.models.huggingface.export import export
+from kvjax.models.huggingface.load import load
+
+__all__ = ["export", "load"]

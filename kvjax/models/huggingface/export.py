@@ -1,0 +1,112 @@
+"""`export`: a `LanguageModel` as a Hugging Face folder that transformers loads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from kvjax.errors import UsageError
+from kvjax.models.huggingface import tensor_file
+from kvjax.models.huggingface.checkpoint import INDEX, SINGLE
+from kvjax.models.huggingface.config import write_config
+from kvjax.models.huggingface.weights import Path as ParamPath
+from kvjax.models.huggingface.weights import Weight, flatten, weights
+from kvjax.models.language_model import LanguageModel
+from kvjax.models.tokenizer import Tokenizer, save_tokenizer, write_json
+from kvjax.typing import Array
+
+Params = dict[ParamPath, Array]
+
+
+def export(model: LanguageModel, folder: str | Path, *, max_shard_bytes: int = 5_000_000_000) -> Path:
+    """Writes config.json, the weights, the tokenizer and generation_config.json.
+
+    Args:
+      model: whatever one of the Hugging Face families can compute.
+      folder: must not exist, or be empty, so that nothing stale stays beside the new files.
+      max_shard_bytes: weights beyond this size are split into several files with an index.
+
+    Returns:
+      The folder.
+
+    Raises:
+      UsageError: the folder is not empty, no family computes this config, or a parameter has the wrong shape.
+    """
+    path = Path(folder).expanduser()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UsageError(f"{path} is not an empty folder; choose another, or empty it first.")
+    params = flatten(model.params)
+    wanted = weights(model.config)
+    _check_params(wanted, params)
+    config = write_config(model.config, np.dtype(model.dtype).name)
+    special = _special_ids(model.tokenizer)
+    path.mkdir(parents=True, exist_ok=True)
+    write_json(path / "config.json", config | special)
+    write_json(path / "generation_config.json", {"_from_model_config": True} | special)
+    save_tokenizer(model.tokenizer, path)
+    _write_weights(path, wanted, params, max_shard_bytes)
+    return path
+
+
+def _check_params(wanted: Sequence[Weight], params: Params) -> None:
+    surplus = params.keys() - {weight.path for weight in wanted}
+    if surplus:
+        raise UsageError(f"the parameters {sorted('/'.join(path) for path in surplus)} are not in the config's model.")
+    for weight in wanted:
+        shape = params[weight.path].shape if weight.path in params else None
+        if shape != weight.shape:
+            raise UsageError(
+                f"the parameter {'/'.join(weight.path)} has the shape {shape}, the config asks for {weight.shape}."
+            )
+
+
+def _special_ids(tokenizer: Tokenizer) -> dict[str, Any]:
+    """bos, eos and pad for config.json, as far as they are known."""
+    stop = list(tokenizer.stop_ids)
+    found: dict[str, Any] = {"eos_token_id": stop[0] if len(stop) == 1 else stop or None}
+    if tokenizer.backend is not None:
+        found |= {"bos_token_id": tokenizer.bos_id, "pad_token_id": tokenizer.pad_id}
+    return {key: found.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+
+
+def _write_weights(folder: Path, wanted: Sequence[Weight], params: Params, max_shard_bytes: int) -> None:
+    shards = list(_shards(wanted, params, max_shard_bytes))
+    total = len(shards)
+    names = (
+        [f"model-{index:05d}-of-{total:05d}.safetensors" for index in range(1, total + 1)] if total > 1 else [SINGLE]
+    )
+    for name, shard in zip(names, shards, strict=True):
+        headers = {weight.name: (params[weight.path].dtype, weight.stored_shape) for weight in shard}
+        tensor_file.write(folder / name, headers, _tensors(shard, params))
+    if total > 1:
+        weight_map = {weight.name: name for name, shard in zip(names, shards, strict=True) for weight in shard}
+        size = sum(_nbytes(weight, params) for weight in wanted)
+        write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+
+
+def _tensors(shard: Sequence[Weight], params: Params) -> Iterator[np.ndarray[Any, Any]]:
+    for weight in shard:
+        yield weight.to_stored(np.asarray(jax.device_get(params[weight.path])))
+
+
+def _shards(wanted: Sequence[Weight], params: Params, max_shard_bytes: int) -> Iterator[Sequence[Weight]]:
+    """Consecutive weights whose bytes stay below the limit; a single larger one is a shard of its own."""
+    shard: list[Weight] = []
+    size = 0
+    for weight in wanted:
+        nbytes = _nbytes(weight, params)
+        if shard and size + nbytes > max_shard_bytes:
+            yield shard
+            shard, size = [], 0
+        shard.append(weight)
+        size += nbytes
+    yield shard
+
+
+def _nbytes(weight: Weight, params: Params) -> int:
+    return math.prod(weight.shape) * params[weight.path].dtype.itemsize

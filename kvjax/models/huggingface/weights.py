@@ -1,0 +1,126 @@
+"""Which tensor of a Hugging Face checkpoint each parameter is, and how its axes are laid out there.
+
+Hugging Face stores a linear map as [outputs, inputs] with heads flattened; `Projection` keeps [inputs, outputs]
+with heads as axes of their own. Everything else has the same shape on both sides.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kvjax.models.config import TransformerConfig
+from kvjax.models.transformer import Transformer
+from kvjax.typing import PyTree
+
+Numpy = np.ndarray[Any, Any]
+Path = tuple[str, ...]
+
+_TOP: Mapping[Path, str] = {
+    ("embed", "embedding"): "model.embed_tokens.weight",
+    ("final_norm", "scale"): "model.norm.weight",
+    ("head", "kernel"): "lm_head.weight",
+}
+_IN_LAYER = {
+    "attention": "self_attn",
+    "mlp": "mlp",
+    "q": "q_proj",
+    "k": "k_proj",
+    "v": "v_proj",
+    "o": "o_proj",
+    "gate": "gate_proj",
+    "up": "up_proj",
+    "down": "down_proj",
+    "q_norm": "q_norm",
+    "k_norm": "k_norm",
+    "kernel": "weight",
+    "scale": "weight",
+    "bias": "bias",
+}
+_PRE_NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+_SANDWICH_NORMS = {
+    "attention_norm": "input_layernorm",
+    "attention_output_norm": "post_attention_layernorm",
+    "mlp_norm": "pre_feedforward_layernorm",
+    "mlp_output_norm": "post_feedforward_layernorm",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """One parameter.
+
+    Attributes:
+      path: in the parameter tree.
+      name: of the tensor in a checkpoint.
+      shape: of the parameter.
+      inputs: how many leading axes a kernel contracts; None where the layout is the same on both sides.
+    """
+
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+    inputs: int | None
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Its shape in the checkpoint."""
+        if self.inputs is None:
+            return (math.prod(self.shape),) if self.path[-1] == "bias" else self.shape
+        return math.prod(self.shape[self.inputs :]), math.prod(self.shape[: self.inputs])
+
+    def from_stored(self, x: Numpy) -> Numpy:
+        """A view of the stored tensor in the shape of the parameter: both sides split into axes, inputs first."""
+        if self.inputs is None:
+            return x.reshape(self.shape)
+        inputs, outputs = self.shape[: self.inputs], self.shape[self.inputs :]
+        split = x.reshape(*outputs, *inputs)
+        return split.transpose(*range(len(outputs), split.ndim), *range(len(outputs)))
+
+    def to_stored(self, x: Numpy) -> Numpy:
+        """The inverse of `from_stored`; a view where NumPy can give one."""
+        if self.inputs is None:
+            return x.reshape(self.stored_shape)
+        outputs_first = x.transpose(*range(self.inputs, x.ndim), *range(self.inputs))
+        return outputs_first.reshape(self.stored_shape)
+
+
+def flatten(tree: PyTree) -> dict[Path, Any]:
+    """A nested dictionary of parameters as path -> leaf."""
+    return dict(flax.traverse_util.flatten_dict(tree))  # pyright: ignore[reportReturnType]
+
+
+@functools.lru_cache(maxsize=8)
+def weights(config: TransformerConfig) -> tuple[Weight, ...]:
+    """All parameters of the model in checkpoint order: embedding, layers, final norm, head."""
+    norms = _SANDWICH_NORMS if config.sandwich_norm else _PRE_NORMS
+
+    def name(path: Path) -> str:
+        if path in _TOP:
+            return _TOP[path]
+        parts = [norms.get(part) or _IN_LAYER[part] for part in path[1:]]
+        return ".".join(["model.layers", path[0].removeprefix("layers_"), *parts])
+
+    def inputs(path: Path) -> int | None:
+        if path[-1] != "kernel":
+            return None
+        return 2 if path[-2] == "o" else 1
+
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    shapes = flatten(jax.eval_shape(Transformer(config).init, jax.random.key(0), tokens)["params"])
+    found = [Weight(path, name(path), struct.shape, inputs(path)) for path, struct in shapes.items()]
+    return tuple(sorted(found, key=_order))
+
+
+def _order(weight: Weight) -> tuple[int, int, str]:
+    top = {"embed": 0, "final_norm": 2, "head": 3}.get(weight.path[0], 1)
+    layer = int(weight.path[0].removeprefix("layers_")) if top == 1 else 0
+    return top, layer, weight.name

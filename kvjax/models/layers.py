@@ -1,0 +1,105 @@
+"""The parts of a decoder layer beside attention."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from kvjax.attention.grouped_query import GroupedQueryAttention, LayerCacheProtocol
+from kvjax.attention.norm import RMSNorm
+from kvjax.attention.projection import Projection
+from kvjax.models.config import Activation, TransformerConfig
+from kvjax.typing import Array
+from pallas_kernels.rope import Rope
+
+ACTIVATIONS: Mapping[Activation, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+class GatedMLP(nn.Module):
+    """down(activation(gate(x)) * up(x)) (Shazeer, 2020, arXiv 2002.05202): [..., D] to [..., D]."""
+
+    mlp_dim: int
+    activation: Activation = "silu"
+    use_bias: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        d, f = (x.shape[-1],), (self.mlp_dim,)
+        gate = Projection(d, f, self.use_bias, self.dtype, name="gate")(x)
+        up = Projection(d, f, self.use_bias, self.dtype, name="up")(x)
+        return Projection(f, d, self.use_bias, self.dtype, name="down")(ACTIVATIONS[self.activation](gate) * up)
+
+
+class Embedding(nn.Module):
+    """Token embeddings [V, D], looked up on the way in and, where tied, contracted on the way out."""
+
+    vocab_size: int
+    embed_dim: int
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self) -> None:
+        init = nn.initializers.normal(0.02)
+        self.embedding = self.param("embedding", init, (self.vocab_size, self.embed_dim), self.dtype)
+
+    def __call__(self, tokens: Array) -> Array:
+        """int32 [B, T] to [B, T, D]."""
+        return jnp.take(self.embedding, tokens, axis=0, mode="clip")
+
+    def attend(self, x: Array) -> Array:
+        """[B, T, D] to logits f32 [B, T, V]."""
+        return jnp.einsum("btd,vd->btv", x, self.embedding, preferred_element_type=jnp.float32)
+
+
+class DecoderLayer(nn.Module):
+    """norm, attention, residual; norm, MLP, residual; with norms on both outputs where `sandwich_norm`."""
+
+    config: TransformerConfig
+    index: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Array, *, positions: Array, valid: Array, rope: Rope | None, cache: LayerCacheProtocol | None
+    ) -> tuple[Array, Any]:
+        """x [B, T, D] -> (x [B, T, D], next layer cache or None)."""
+        config = self.config
+        attention = GroupedQueryAttention(
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            scale=config.scale,
+            window=config.window_of(self.index),
+            softcap=config.attention_softcap,
+            kv_head_of_query=config.kv_head_of_query,
+            qkv_bias=config.qkv_bias,
+            output_bias=config.output_bias,
+            qk_norm=config.qk_norm,
+            norm_eps=config.norm_eps,
+            norm_offset=config.norm_offset,
+            dtype=self.dtype,
+            name="attention",
+        )
+        mlp = GatedMLP(config.mlp_dim, config.activation, config.mlp_bias, self.dtype, name="mlp")
+        attended, cache = attention(
+            self._norm("attention_norm")(x), positions=positions, valid=valid, rope=rope, cache=cache
+        )
+        x = x + self._output_norm("attention_output_norm", attended)
+        x = x + self._output_norm("mlp_output_norm", mlp(self._norm("mlp_norm")(x)))
+        return x, cache
+
+    def _norm(self, name: str) -> RMSNorm:
+        return RMSNorm(self.config.norm_eps, self.config.norm_offset, self.dtype, name=name)
+
+    def _output_norm(self, name: str, x: Array) -> Array:
+        return self._norm(name)(x) if self.config.sandwich_norm else x

@@ -1,0 +1,95 @@
+"""The decoder: one code path for training, prefill and decode."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from kvjax.attention.norm import RMSNorm
+from kvjax.attention.projection import Projection
+from kvjax.models.config import RopeConfig, TransformerConfig
+from kvjax.models.layers import DecoderLayer, Embedding
+from kvjax.typing import Array
+from pallas_kernels.rope import Rope
+
+
+class Transformer(nn.Module):
+    """Tokens to logits. Activations take the dtype of the embedding table; norms, softmax and logits are float32.
+
+    Attributes:
+      config: sizes and choices.
+      dtype: of the parameters that `init` makes.
+    """
+
+    config: TransformerConfig
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Array,
+        positions: Array | None = None,
+        cache: Sequence[Any] | None = None,
+        valid: Array | None = None,
+        logits_at: Array | None = None,
+    ) -> tuple[Array, tuple[Any, ...] | None]:
+        """Runs T tokens of each row.
+
+        Args:
+          tokens: int32 [B, T], padded on the right.
+          positions: int32 [B, T]; by default they go on from the cache's length, or start at 0.
+          cache: one layer cache per layer, or None for attention among these tokens alone.
+          valid: bool [B, T], False on padding; all True by default.
+          logits_at: int32 [B], the only index of each row whose logits are wanted.
+
+        Returns:
+          logits f32 [B, T, V] ([B, 1, V] with `logits_at`), and the next cache (None without one).
+        """
+        config = self.config
+        positions = _positions(tokens, cache) if positions is None else positions
+        valid = jnp.ones(tokens.shape, bool) if valid is None else valid
+        ropes = self._ropes(jnp.max(jnp.where(valid, positions, 0)) + 1)
+
+        embed = Embedding(config.vocab_size, config.embed_dim, self.dtype, name="embed")
+        x = embed(tokens)
+        if config.embed_scale != 1.0:
+            x = x * jnp.asarray(config.embed_scale, x.dtype)
+        layer_caches = []
+        for index in range(config.num_layers):
+            layer = DecoderLayer(config, index, self.dtype, name=f"layers_{index}")
+            x, layer_cache = layer(
+                x,
+                positions=positions,
+                valid=valid,
+                rope=ropes[config.rope_of(index)],
+                cache=None if cache is None else cache[index],
+            )
+            layer_caches.append(layer_cache)
+        if logits_at is not None:
+            x = jnp.take_along_axis(x, logits_at[:, None, None], axis=1)
+        x = RMSNorm(config.norm_eps, config.norm_offset, self.dtype, name="final_norm")(x)
+        return self._logits(embed, x), None if cache is None else tuple(layer_caches)
+
+    def _ropes(self, length: Array) -> dict[RopeConfig | None, Rope | None]:
+        """One table per distinct rotary embedding of the layers."""
+        kinds = {self.config.rope_of(index) for index in range(self.config.num_layers)}
+        return {kind: None if kind is None else kind.table(self.config.head_dim, length) for kind in kinds}
+
+    def _logits(self, embed: Embedding, x: Array) -> Array:
+        config = self.config
+        if config.tied_embeddings:
+            logits = embed.attend(x)
+        else:
+            head = Projection((config.embed_dim,), (config.vocab_size,), dtype=self.dtype, name="head")
+            logits = head(x, out_dtype=jnp.float32)
+        cap = config.logit_softcap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+def _positions(tokens: Array, cache: Sequence[Any] | None) -> Array:
+    """int32 [B, T]: counted from each row's length in the cache."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    return positions if cache is None else positions + cache[0].length[:, None]

@@ -1,0 +1,150 @@
+"""The training loop: curriculum, log, checkpoints, exact resume."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+
+from kvjax.training import checkpoint
+from kvjax.training.data import FAMILIES, KV, Batches, reader
+from kvjax.training.schedule import Gate, Stage
+from kvjax.training.step import Forward, Metrics, make_step, on_device
+from kvjax.typing import PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """How a run goes on.
+
+    Attributes:
+      folder: log.jsonl (one record per step) and checkpoints/ go here.
+      steps: where the run ends.
+      save_every: steps between checkpoints.
+      gate: when the curriculum advances.
+      seconds: wall time after which the run saves and stops, or None.
+    """
+
+    folder: Path
+    steps: int
+    save_every: int = 100
+    gate: Gate = Gate()
+    seconds: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """Where training stands: all that decides what comes next."""
+
+    step: int
+    stage: int
+    recent: tuple[float, ...]
+
+    def advance(self, accuracy: float, gate: Gate, stages: int) -> Progress:
+        """After a step: recent retrieval accuracies, and the next stage when they pass the gate."""
+        recent = (*self.recent, accuracy)[-gate.window :] if np.isfinite(accuracy) else self.recent
+        passed = len(recent) == gate.window and float(np.mean(recent)) > gate.accuracy
+        if passed and self.stage + 1 < stages:
+            return Progress(self.step + 1, self.stage + 1, ())
+        return Progress(self.step + 1, self.stage, recent)
+
+
+def train(
+    loop: Loop,
+    forward: Forward,
+    params: PyTree,
+    tx: optax.GradientTransformation,
+    batches: Batches,
+    stages: Sequence[Stage],
+    on_record: Callable[[dict[str, object]], None] = lambda record: None,
+) -> PyTree:
+    """Trains from the newest checkpoint in `loop.folder`, or from `params`; returns the final parameters.
+
+    A run that was killed and started again logs the same losses, bit for bit, as one that was not.
+    `on_record` sees every log record. Raises CorruptDataError on a damaged checkpoint.
+    """
+    progress, params, opt_state = _restore(loop, params, tx.init(params))
+    step = make_step(forward, tx)
+    loop.folder.mkdir(parents=True, exist_ok=True)
+    _truncate(loop.folder / "log.jsonl", progress.step)
+    started = time.monotonic()
+    stage, source = -1, None
+    with open(loop.folder / "log.jsonl", "a", buffering=1) as log:
+        while progress.step < loop.steps:
+            if stage != progress.stage:
+                if source is not None:
+                    source.close()
+                stage, source = progress.stage, reader(batches, progress.step, stages[progress.stage])
+            assert source is not None
+            batch = next(source)
+            params, opt_state, metrics = step(params, opt_state, on_device(batch))
+            record = _record(progress, batch.tokens.shape, metrics, time.monotonic() - started)
+            log.write(json.dumps(record) + "\n")
+            on_record(record)
+            progress = progress.advance(_accuracy(metrics, KV), loop.gate, len(stages))
+            late = loop.seconds is not None and time.monotonic() - started > loop.seconds
+            if progress.step % loop.save_every == 0 or progress.step == loop.steps or late:
+                checkpoint.save(loop.folder / "checkpoints", progress.step, _state(loop, progress, params, opt_state))
+            if late:
+                break
+    if source is not None:
+        source.close()
+    return params
+
+
+def _state(loop: Loop, progress: Progress, params: PyTree, opt_state: PyTree) -> dict[str, PyTree]:
+    recent = np.full(loop.gate.window, np.nan)
+    recent[: len(progress.recent)] = progress.recent
+    return {"params": params, "opt_state": opt_state, "stage": np.asarray(progress.stage, np.int32), "recent": recent}
+
+
+def _restore(loop: Loop, params: PyTree, opt_state: PyTree) -> tuple[Progress, PyTree, PyTree]:
+    like = _state(loop, Progress(0, 0, ()), params, opt_state)
+    found = checkpoint.load(loop.folder / "checkpoints", like)
+    if found is None:
+        return Progress(0, 0, ()), params, opt_state
+    step, state = found
+    recent = tuple(float(value) for value in state["recent"] if np.isfinite(value))
+    params, opt_state = jax.device_put((state["params"], state["opt_state"]))
+    return Progress(step, int(state["stage"]), recent), params, opt_state
+
+
+def _truncate(log: Path, step: int) -> None:
+    """Drops the records of steps that will be done again, and a line that was cut off."""
+    if not log.exists():
+        return
+    kept = []
+    for line in log.read_text().splitlines(keepends=True):
+        if line.endswith("\n") and json.loads(line)["step"] < step:
+            kept.append(line)
+    partial = log.with_suffix(".partial")
+    partial.write_text("".join(kept))
+    os.replace(partial, log)
+
+
+def _accuracy(metrics: Metrics, family: int) -> float:
+    answers = float(metrics.answers[family])
+    return float(metrics.correct[family]) / answers if answers else float("nan")
+
+
+def _record(progress: Progress, shape: tuple[int, ...], metrics: Metrics, seconds: float) -> dict[str, object]:
+    accuracy = {name: _accuracy(metrics, i) for i, name in enumerate(FAMILIES)}
+    return {
+        "step": progress.step,
+        "stage": progress.stage,
+        "length": shape[1] - 1,
+        "tokens": shape[0] * (shape[1] - 1),
+        "loss": float(metrics.loss),
+        "answer_loss": float(metrics.answer_loss),
+        "text_loss": float(metrics.text_loss),
+        "grad_norm": float(metrics.grad_norm),
+        "accuracy": {name: round(value, 4) for name, value in accuracy.items() if np.isfinite(value)},
+        "seconds": round(seconds, 2),
+    }

@@ -1,0 +1,21 @@
+"""Attention kernels: one algorithm per op, formats as loaders. Imports nothing but JAX and NumPy."""
+
+from pallas_kernels.attention_mass import attention_mass
+from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.loader import BlockLoader, DenseLoader, IntegerLoader, Loader, RotatedLoader
+from pallas_kernels.merge import merge
+from pallas_kernels.prefill_attention import prefill_attention
+from pallas_kernels.rope import Rope
+
+__all__ = [
+    "BlockLoader",
+    "DenseLoader",
+    "IntegerLoader",
+    "Loader",
+    "Rope",
+    "RotatedLoader",
+    "attention_mass",
+    "decode_attention",
+    "merge",
+    "prefill_attention",
+]

@@ -1,0 +1,50 @@
+"""Codes of 8, 4 or 2 bits in bytes, as planes: byte j of a row of H·bits/8 bytes holds channels j, j + P, j + 2P, …
+
+P = H·bits/8 is the number of bytes; the lowest bits belong to the lowest channel. Planes need no interleave: each one
+is a contiguous range of channels, so that a kernel can use it without moving data.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+WIDTHS = (8, 4, 2)
+"""Bits per code that fill a byte."""
+
+
+def pack(codes: jax.Array, bits: int) -> jax.Array:
+    """uint8 [..., H·bits/8] from integer codes [..., H] in [0, 2**bits).
+
+    Raises:
+      ValueError: `bits` is not in `WIDTHS`, or the codes of a row do not fill whole bytes.
+    """
+    planes = _planes(bits)
+    if codes.shape[-1] % planes:
+        raise ValueError(f"{codes.shape[-1]} codes of {bits} bits do not fill whole bytes; need a multiple of {planes}")
+    parts = jnp.split(codes.astype(jnp.uint8), planes, axis=-1)
+    packed = parts[0]
+    for index, part in enumerate(parts[1:], start=1):
+        packed = packed | (part << (index * bits))
+    return packed
+
+
+def unpack_planes(packed: jax.Array, bits: int) -> tuple[jax.Array, ...]:
+    """The 8/bits planes of `packed` uint8 [..., P], each uint8 [..., P]; plane i holds channels i·P … (i+1)·P - 1."""
+    mask = jnp.uint8(2**bits - 1)
+    planes = _planes(bits)
+    if planes == 1:
+        return (packed,)
+    return tuple((packed >> (index * bits)) & mask for index in range(planes))
+
+
+def unpack(packed: jax.Array, bits: int) -> jax.Array:
+    """uint8 codes [..., H] from `packed` uint8 [..., H·bits/8]."""
+    planes = unpack_planes(packed, bits)
+    return planes[0] if len(planes) == 1 else jnp.concatenate(planes, axis=-1)
+
+
+def _planes(bits: int) -> int:
+    if bits not in WIDTHS:
+        raise ValueError(f"codes have {', '.join(map(str, WIDTHS))} bits; got {bits}")
+    return 8 // bits

@@ -1,0 +1,254 @@
+"""What holds for every method: the uncached pass, rows by themselves, positions and capacity (laws 1, 2, 4, 5)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import numpy as np
+import pytest
+
+from kvjax.cache.budget import Full, Uniform
+from kvjax.cache.layout import ring_slots
+from kvjax.cache.method import CacheMethod
+from kvjax.cache.methods import METHODS as NAMES
+from kvjax.cache.policy import AttentionMass, Observation, Recency
+from tests.cache.cases import EVICTING, METHODS, NAMED, PARTS, covered, exported, roomy
+from tests.cache.driver import Inputs, Run, Setup, dims_of, draw, run
+
+LENGTHS = (64, 45, 9)
+TOLERANCE = 1e-5
+
+
+@functools.cache
+def inputs_of(query_heads: int = 8, junk: float = 3.0) -> Inputs:
+    inputs = draw(11, LENGTHS, padded=64, decoded=24, query_heads=query_heads)
+    return dataclasses.replace(inputs, junk=junk)
+
+
+@functools.cache
+def result_of(name: str) -> Run:
+    """One run of every method that several laws look at."""
+    return run(Setup(METHODS[name], dims_of(inputs_of())), inputs_of())
+
+
+@functools.cache
+def uncached(
+    b: int, query_heads: int, window: int | None, softcap: float | None, reads: tuple[int, ...] | None
+) -> np.ndarray:
+    inputs = inputs_of(query_heads)
+    setup = Setup(CacheMethod(), dims_of(inputs, window=window), softcap=softcap, reads=reads)
+    row = inputs.row(b, setup)
+    return row.attention(row.tokens)[0]
+
+
+def assert_uncached(setup: Setup, query_heads: int = 8) -> Run:
+    inputs = inputs_of(query_heads)
+    result = run(setup, inputs)
+    for b, prompt in enumerate(LENGTHS):
+        expected = uncached(b, query_heads, setup.dims.window, setup.softcap, setup.reads)
+        np.testing.assert_allclose(result.prompt_output[b, :prompt], expected[:prompt], atol=TOLERANCE, rtol=0)
+        np.testing.assert_allclose(result.outputs[:, b], expected[prompt:], atol=TOLERANCE, rtol=0)
+    return result
+
+
+def assert_close(a: Run, b: Run, row_a: int, row_b: int, prompt: int) -> None:
+    """Outputs within 1e-6 and the same tokens kept, in one row of each run."""
+    np.testing.assert_allclose(a.prompt_output[row_a, :prompt], b.prompt_output[row_b, :prompt], atol=1e-6, rtol=1e-6)
+    np.testing.assert_allclose(a.outputs[:, row_a], b.outputs[:, row_b], atol=1e-6, rtol=1e-6)
+    for x, y in zip(sorted_positions(a, row_a), sorted_positions(b, row_b), strict=True):
+        assert x == y
+
+
+def sorted_positions(result: Run, row: int) -> list[list[list[int]]]:
+    """After the prompt and every token, per head: the positions held."""
+    held = np.asarray(result.held[:, row])
+    return [[sorted(p for p in head.tolist() if p >= 0) for head in moment] for moment in held]
+
+
+def test_every_exported_part_and_name_is_covered() -> None:
+    for module, base, samples in PARTS:
+        assert exported(module, base) == covered(samples)
+    assert {spec.partition(":")[0] for spec in NAMED} == set(NAMES)
+
+
+def _roomy_methods() -> list[CacheMethod]:
+    """Distinct ways to keep everything exactly."""
+    kept = {dataclasses.replace(roomy(method, 88), name="roomy") for method in METHODS.values()}
+    return sorted(kept, key=repr)
+
+
+@pytest.mark.parametrize("method", _roomy_methods(), ids=lambda m: f"{type(m.policy).__name__}-{m.sinks}-{m.recent}")
+def test_keeping_everything_is_the_uncached_pass(method: CacheMethod) -> None:
+    """Law 1, and law 5: a budget that holds everything is a full one."""
+    result = assert_uncached(Setup(method, dims_of(inputs_of()), chunk=16))
+    for b, prompt in enumerate(LENGTHS):
+        everything = [[list(range(prompt + i))] * 2 for i in range(25)]
+        assert sorted_positions(result, b) == everything
+
+
+STREAMED = {
+    "full": CacheMethod(prefill="streaming"),
+    "full-sinks-recent": CacheMethod(prefill="streaming", sinks=3, recent=8),
+    "renumbered": CacheMethod(prefill="streaming", positions="renumbered", recent=8),
+    "mass": CacheMethod(
+        prefill="streaming", budget=Uniform(tokens_kept=88), policy=AttentionMass(), recent=8, sinks=1, every=2
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "chunk"),
+    [("full", 7), ("full", 64), ("full-sinks-recent", 1), ("renumbered", 7), ("mass", 7), ("mass", 1)],
+)
+def test_streaming_prefill_of_any_chunk_is_the_uncached_pass(name: str, chunk: int) -> None:
+    assert_uncached(Setup(STREAMED[name], dims_of(inputs_of()), chunk=chunk))
+
+
+@pytest.mark.parametrize("query_heads", [2, 4])
+def test_one_and_many_query_heads_per_kv_head(query_heads: int) -> None:
+    inputs = inputs_of(query_heads)
+    assert_uncached(Setup(CacheMethod(sinks=2, recent=8), dims_of(inputs)), query_heads)
+
+
+@pytest.mark.parametrize("reads", [(1, 0, 1, 0, 0, 1, 0, 1), (0, 1, 1, 1, 0, 1, 1, 1)], ids=["interleaved", "unequal"])
+@pytest.mark.parametrize("prefill", ["exact", "streaming"])
+def test_query_heads_read_any_kv_head(reads: tuple[int, ...], prefill: str) -> None:
+    method = CacheMethod(sinks=2, recent=8, prefill=prefill)
+    assert_uncached(Setup(method, dims_of(inputs_of()), chunk=16, reads=reads))
+
+
+@pytest.mark.parametrize("prefill", ["exact", "streaming"])
+def test_soft_capped_logits(prefill: str) -> None:
+    assert_uncached(Setup(CacheMethod(sinks=2, prefill=prefill), dims_of(inputs_of()), chunk=16, softcap=3.0))
+
+
+WINDOWED = {
+    "full": CacheMethod(),
+    "full-sinks": CacheMethod(sinks=4, recent=8),
+    "streaming": CacheMethod(prefill="streaming", recent=4),
+    "mass": CacheMethod(budget=Uniform(tokens_kept=88), policy=AttentionMass(), recent=8, every=1),
+    "recency-of-the-window": CacheMethod(budget=Uniform(tokens_kept=20), recent=4, every=1),
+    "observation": CacheMethod(budget=Uniform(tokens_kept=64), policy=Observation(window=8), recent=8),
+}
+
+
+@pytest.mark.parametrize("chunk", [7, 64])
+@pytest.mark.parametrize("name", WINDOWED)
+def test_sliding_window_layers(name: str, chunk: int) -> None:
+    """A window of 20: a cache that holds the newest 19 tokens and reads the 20th as it comes is the full one."""
+    method = WINDOWED[name]
+    if chunk != 64 and method.prefill == "exact":
+        pytest.skip("an exact prefill has no chunks")
+    assert_uncached(Setup(method, dims_of(inputs_of(), window=20), chunk=chunk))
+
+
+def test_a_window_layer_allocates_no_more_than_its_window() -> None:
+    dims = dims_of(inputs_of(), window=20)
+    result = run(Setup(CacheMethod(), dims), inputs_of())
+    assert sum(s.slots for s in result.cache.segments) <= 20 + 1
+    assert (np.asarray(result.held) >= 0).sum(-1).max() <= 21
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("poison", [math.nan, 1e30])
+def test_padding_and_empty_slots_change_nothing(name: str, poison: float) -> None:
+    """Law 2: bit for bit."""
+    clean = result_of(name)
+    spoiled = run(Setup(METHODS[name], dims_of(inputs_of())), inputs_of(junk=poison), poison)
+    for b, prompt in enumerate(LENGTHS):
+        np.testing.assert_array_equal(clean.prompt_output[b, :prompt], spoiled.prompt_output[b, :prompt])
+    np.testing.assert_array_equal(clean.outputs, spoiled.outputs)
+    np.testing.assert_array_equal(clean.held, spoiled.held)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_row_does_not_depend_on_the_others(name: str) -> None:
+    """Law 2: in another place of a batch of other rows of other lengths."""
+    others = draw(12, LENGTHS, padded=64, decoded=24, query_heads=8)
+    ours = inputs_of()
+    mixed = dataclasses.replace(
+        ours,
+        lengths=(LENGTHS[2], LENGTHS[0], LENGTHS[1]),
+        **{x: np.stack([getattr(others, x)[0], getattr(others, x)[1], getattr(ours, x)[1]]) for x in "qkv"},
+    )
+    result = run(Setup(METHODS[name], dims_of(mixed)), mixed)
+    assert_close(result_of(name), result, row_a=1, row_b=2, prompt=LENGTHS[1])
+
+
+ALONE = (
+    "full",
+    "h2o:tokens=24",
+    "h2o:share=50%+int8",
+    "random:share=50%+int2",
+    "snapkv:share=50%,window=8,pool=max+int8:symmetric=true",
+    "kivi-2:residual=32",
+    "streaming_llm:tokens=40+kivi-2:group=16",
+    "streaming-prefill-h2o",
+    "every-4",
+)
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_a_row_alone_in_a_bucket_of_its_own(name: str) -> None:
+    """Law 2: neither the batch nor the length to which prompts are padded matters, also for budgets that are shares."""
+    batch = inputs_of()
+    index = np.arange(48 + batch.decoded) % (LENGTHS[1] + batch.decoded)
+    alone = dataclasses.replace(
+        batch, padded=48, lengths=LENGTHS[1:2], **{x: getattr(batch, x)[1:2, index] for x in "qkv"}
+    )
+    result = run(Setup(METHODS[name], dims_of(alone)), alone)
+    assert_close(result_of(name), result, row_a=1, row_b=0, prompt=LENGTHS[1])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_positions_are_a_set_with_sinks_and_recent(name: str) -> None:
+    """Law 4."""
+    method, result = METHODS[name], result_of(name)
+    budget = method.budget.tokens(64) if method.budget.evicts else 88
+    recent = method.recent_tokens(budget)
+    for b, prompt in enumerate(LENGTHS):
+        for i, heads in enumerate(sorted_positions(result, b)):
+            tokens = prompt + i
+            always = {*range(min(method.sinks, tokens)), *range(max(0, tokens - _own(method, recent, prompt)), tokens)}
+            for positions in heads:
+                assert len(positions) == len(set(positions))
+                assert always <= set(positions) <= set(range(tokens))
+
+
+def _own(method: CacheMethod, recent: int, prompt: int) -> int:
+    """The recent window of a row: where it is a share of a budget that is a share, of the row's own."""
+    if isinstance(method.recent, float) and isinstance(method.budget, Uniform) and method.budget.share:
+        return min(recent, method.recent_tokens(method.budget.tokens(prompt)))
+    return recent
+
+
+@pytest.mark.parametrize("name", EVICTING)
+def test_no_row_ever_holds_more_than_its_budget(name: str) -> None:
+    """Law 4: at most the row's own budget, plus what was decoded where that is kept, plus the slack of `every`.
+
+    Where the row's budget is smaller than the sinks and the recent window, those are what it holds.
+    """
+    method, result = EVICTING[name], result_of(name)
+    recent = method.recent_tokens(method.budget.tokens(64))
+    for b, prompt in enumerate(LENGTHS):
+        always = method.sinks + ring_slots(_own(method, recent, prompt), method.block)
+        most = max(method.budget.tokens(prompt), always)
+        for i, heads in enumerate(sorted_positions(result, b)):
+            slack = i if method.every is None else min(i, method.every - method.block)
+            assert max(len(p) for p in heads) <= most + slack, (b, i)
+
+
+@pytest.mark.parametrize("name", EVICTING)
+def test_budgets_are_used(name: str) -> None:
+    """The longest row fills its budget up to one block: a budget is what is kept, not a mere bound."""
+    method, result = EVICTING[name], result_of(name)
+    counts = (np.asarray(result.held[0, 0]) >= 0).sum(-1)
+    assert (counts > method.budget.tokens(64) - method.block).all()
+
+
+def test_the_full_method_keeps_everything() -> None:
+    method = METHODS["full"]
+    assert method.budget == Full() and method.policy == Recency()
+    assert sorted_positions(result_of("full"), 0)[-1] == [list(range(88))] * 2

@@ -1,0 +1,351 @@
+"""Aggregation, intervals, findings, plot, page and table: from records to what a reader sees."""
+
+from __future__ import annotations
+
+import html.parser
+import io
+import itertools
+import re
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from kvjax.evaluation import plot, report
+from kvjax.evaluation.finding import findings, percent
+from kvjax.evaluation.place import Box, place
+from kvjax.evaluation.summary import Estimate, Point, average, frontier, points, summarise, wilson
+from kvjax.evaluation.table import number, tables
+
+FULL_BYTES = 4_194_304
+ACCURACY = {"full": 0.96, "random": 0.22, "streaming_llm": 0.2, "snapkv": 0.4, "int4": 0.95, "int8": 0.96, "int2": 0.1}
+RATIO = {"full": 1.03, "random": 0.28, "streaming_llm": 0.28, "snapkv": 0.28, "int4": 0.282, "int8": 0.53, "int2": 0.16}
+TASKS = ("needle", "kv", "vt")
+
+
+def record(method: str, task: str = "kv", seed: int = 0, *, context: int = 1024, **values) -> dict:
+    """A record as a comparison writes it; the score is `ACCURACY` exactly."""
+    size = round(FULL_BYTES * RATIO.get(method, 0.4))
+    return {
+        "method": method,
+        "task": task,
+        "context": context,
+        "seed": seed,
+        "score": ACCURACY.get(method, 0.5),
+        "examples": 100,
+        "perplexity": None,
+        "kl": 0.25,
+        "cache_bytes": size,
+        "effective_bytes": size - 64,
+        "bytes_per_token": size / context,
+        "ratio": size / FULL_BYTES,
+        "prefill_ms": 12.5,
+        "decode_ms_per_token": 2.25,
+        "layer_bytes": [size // 4] * 4,
+        "note": "",
+    } | values
+
+
+def sweep(methods=tuple(ACCURACY), tasks=TASKS, context: int = 1024) -> list[dict]:
+    return [record(m, t, s, context=context) for m, t, s in itertools.product(methods, tasks, range(3))]
+
+
+@pytest.mark.parametrize(
+    ("successes", "trials", "low", "high"),
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_wilson_gives_the_published_intervals(successes, trials, low, high):
+    """Newcombe (1998), table I, method 3."""
+    estimate = wilson(successes, trials)
+    assert (round(estimate.low, 4), round(estimate.high, 4)) == (low, high)
+    assert estimate.mean == successes / trials
+
+
+@pytest.mark.parametrize("truth", [[0.98, 0.95, 0.9, 0.99], [0.5, 0.2, 0.7, 0.4], [0.05, 0.02, 0.1, 0.0]])
+def test_the_interval_of_a_mean_over_tasks_covers_the_truth(truth):
+    random = np.random.default_rng(7)
+    draws = random.binomial(150, truth, size=(2000, len(truth)))
+    estimates = [average([wilson(successes, 150) for successes in draw]) for draw in draws]
+    covered = np.mean([e.low <= np.mean(truth) <= e.high for e in estimates])
+    assert covered >= 0.93
+
+
+def test_examples_of_all_seeds_are_pooled():
+    rows = summarise([record("int4", seed=0, score=1.0, examples=10), record("int4", seed=1, score=0.5, examples=30)])
+    assert rows[0].scores["kv"] == wilson(25, 40)
+    assert rows[0].score == average([wilson(25, 40)])
+    assert (rows[0].examples, rows[0].seeds) == (40, 2)
+
+
+def test_a_later_record_of_the_same_cell_replaces_the_earlier():
+    rows = summarise([record("int4", score=0.0), record("int4", score=1.0)])
+    assert rows[0].scores["kv"] == wilson(100, 100)
+
+
+def test_a_method_that_lacks_a_task_has_no_mean():
+    rows = {row.method: row for row in summarise([*sweep(["full", "int4"]), record("snapkv", "needle")])}
+    assert rows["full"].score is not None
+    assert rows["snapkv"].score is None
+    assert rows["snapkv"].scores["needle"].mean == ACCURACY["snapkv"]
+
+
+def test_contexts_are_separate_and_ascend():
+    rows = summarise([*sweep(["int4"], context=2048), *sweep(["full"], context=512)])
+    assert [(row.context, row.method) for row in rows] == [(512, "full"), (2048, "int4")]
+    assert all(row.score is not None for row in rows)
+
+
+def test_costs_are_means_and_times_are_medians():
+    times = [1.0, 2.0, 30.0]
+    rows = summarise([record("int4", seed=s, prefill_ms=t, kl=t) for s, t in enumerate(times)])
+    assert rows[0].prefill_ms == 2.0
+    assert rows[0].kl == pytest.approx(11.0)
+    assert rows[0].layer_bytes == (record("int4")["layer_bytes"][0],) * 4
+
+
+def _points(values: list[tuple[int, float]]) -> list[Point]:
+    records = [record(f"m{i}", cache_bytes=size, score=score) for i, (size, score) in enumerate(values)]
+    return points(summarise(records))
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0])), min_size=1, max_size=9))
+def test_the_frontier_is_what_nothing_beats(values):
+    candidates = _points(values)
+
+    def cost(point: Point) -> tuple[float, float]:
+        return point.row.cache_bytes, -point.score.mean
+
+    unbeaten = {
+        cost(p)
+        for p in candidates
+        if not any(cost(q) != cost(p) and np.all(np.less_equal(cost(q), cost(p))) for q in candidates)
+    }
+    found = [cost(point) for point in frontier(candidates)]
+    assert set(found) == unbeaten
+    assert found == sorted(unbeaten)
+
+
+def test_the_finding_compares_equally_large_caches():
+    said = findings(summarise(sweep()))
+    assert said[0].startswith("In 28 % of the full cache's memory int4 gets 95 % (")
+    assert "snapkv 40 %" in said[0]
+    assert "random" not in said[0] and "streaming_llm" not in said[0]
+    assert "is int4: 3.7× smaller" in said[1]
+    assert said[2].startswith("4 of 6 methods")
+
+
+def test_no_finding_where_intervals_overlap():
+    said = findings(
+        summarise([record("int4", score=0.52), record("snapkv", score=0.48, cache_bytes=record("int4")["cache_bytes"])])
+    )
+    assert said == []
+
+
+def test_a_large_difference_in_memory_is_no_finding():
+    assert (
+        findings(summarise([record("int4"), record("snapkv", cache_bytes=record("int4")["cache_bytes"] * 1.1)])) == []
+    )
+
+
+def test_that_nothing_keeps_the_score_is_said():
+    assert "No smaller cache" in findings(summarise(sweep(["full", "snapkv"])))[0]
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 400), st.floats(0, 300)), min_size=1, max_size=12),
+    st.lists(st.floats(10, 90), min_size=12, max_size=12),
+)
+def test_labels_stay_inside_the_plot(anchors, widths):
+    area = Box(0, 0, 400, 300)
+    boxes = place(anchors, [(width, 14.0) for width in widths[: len(anchors)]], [], area)
+    assert len(boxes) == len(anchors)
+    assert all(box.inside(Box(-1e-9, -1e-9, 400 + 1e-9, 300 + 1e-9)) for box in boxes)
+
+
+def test_labels_of_a_column_of_points_do_not_overlap():
+    anchors = [(200.0, 100.0 + 9 * i) for i in range(8)]
+    dots = [Box(x - 6, y - 6, x + 6, y + 6) for x, y in anchors]
+    boxes = place(anchors, [(60.0, 14.0)] * 8, dots, Box(0, 0, 400, 300))
+    assert sum(a.overlap(b) for a, b in itertools.combinations(boxes, 2)) == 0
+    assert sum(a.overlap(b) for a, b in itertools.product(boxes, dots)) == 0
+
+
+@pytest.mark.parametrize("width", [352, 1040])
+def test_the_plot_is_well_formed_and_holds_every_method(width):
+    drawing = plot.pareto(points(summarise(sweep())), width=width, standalone=True)
+    root = ElementTree.fromstring(drawing)
+    text = " ".join(root.itertext())
+    assert all(method in text for method in ACCURACY)
+    assert not re.search(r"nan|inf\b", drawing)
+    marks = [float(circle.attrib["cy"]) for circle in root.iter("{http://www.w3.org/2000/svg}circle")]
+    best = min(points(summarise(sweep())), key=lambda p: -p.score.mean).score.mean
+    assert len(marks) == len(ACCURACY)
+    assert min(marks) == pytest.approx(30 + (1 - best) * (440 - 58 - 30), abs=0.06)
+
+
+def test_a_single_method_can_be_plotted():
+    ElementTree.fromstring(plot.pareto(points(summarise([record("full")])), standalone=True))
+
+
+class Page(html.parser.HTMLParser):
+    """Collects tags, references and text, and checks that tags nest."""
+
+    VOID = frozenset({"meta", "link", "br", "wbr"})
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.references: list[str] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(source)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.references += [v for k, v in attrs if k in ("src", "href", "srcset", "action", "data") and v]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+RUN = {
+    "command": "kvjax demo",
+    "start": "2026-01-01T00:00:00+00:00",
+    "devices": [{"platform": "cpu", "kind": "cpu", "count": 1}],
+    "versions": {"jax": "0.10.2"},
+    "git": {"commit": "abc", "dirty": True},
+}
+
+
+def page(records, config=None, run=RUN) -> tuple[str, Page]:
+    source = report.html(summarise(records), config=config or {"model": "reference"}, run=run)
+    return source, Page(source)
+
+
+def test_the_page_is_self_contained():
+    source, parsed = page(sweep())
+    assert parsed.references == ["data:,"]
+    assert "script" not in parsed.tags
+    assert not re.search(r"url\(|@import|https?://", source)
+
+
+def test_the_page_shows_every_number_and_how_it_was_made():
+    _, parsed = page(sweep())
+    for expected in (
+        *ACCURACY,
+        *TASKS,
+        "1.1 MiB",
+        "kvjax demo",
+        "1 x cpu (cpu)",
+        "jax 0.10.2",
+        "with uncommitted changes",
+    ):
+        assert expected in parsed.text.replace("\u00a0", " ")
+    assert "900 examples per method, 3 seeds" in " ".join(parsed.text.split())
+    assert parsed.tags.count("svg") == 2
+    assert parsed.tags.count("tr") == 1 + len(ACCURACY)
+
+
+def test_the_page_has_a_light_and_a_dark_theme_and_fits_a_phone():
+    source, _ = page(sweep())
+    assert "prefers-color-scheme: dark" in source
+    assert 'name="viewport" content="width=device-width' in source
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_text_has_enough_contrast(theme):
+    """WCAG 2.2, AA: 4.5 to 1 for text; 3 to 1 for marks."""
+    light, dark = plot.style_sheet().split("@media", 1)
+    colours = dict(re.findall(r"--(\w+): (#\w{6})", light if theme == "light" else dark))
+
+    def luminance(colour: str) -> float:
+        channels = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+        linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+        return float(linear @ [0.2126, 0.7152, 0.0722])
+
+    def contrast(first: str, second: str) -> float:
+        low, high = sorted(luminance(colours[name]) for name in (first, second))
+        return (high + 0.05) / (low + 0.05)
+
+    for ink, paper in itertools.product(("ink", "soft", "warn"), ("paper", "panel")):
+        assert contrast(ink, paper) >= 4.5, (ink, paper)
+    assert min(contrast(mark, "paper") for mark in ("accent", "muted")) >= 3
+
+
+def test_everything_from_outside_is_escaped():
+    evil = '<script>alert("1")</script>'
+    records = [record(evil, "needle & co", note=evil), record("full", "needle & co")]
+    source, parsed = page(records, config={"model": evil, "x": evil}, run=RUN | {"command": evil, "system": evil})
+    assert "<script" not in source
+    assert parsed.text.count(evil) >= 5
+
+
+def test_a_no_op_is_labelled():
+    source, parsed = page([record("full"), record("snapkv", note="no-op")])
+    assert '<span class="note">no-op</span>' in source
+    assert "no-op" in parsed.text
+
+
+def test_the_page_says_whether_the_question_was_hidden():
+    assert "query-agnostic" in page(sweep(), {"query_aware": False})[1].text
+    assert "query-aware" in page(sweep(), {"query_aware": True})[1].text
+
+
+def test_perplexity_alone_makes_a_page_without_a_plot():
+    records = [record(m, "perplexity", score=None, examples=None, perplexity=6.125) for m in ("full", "int4")]
+    _, parsed = page(records)
+    assert "svg" not in parsed.tags
+    assert "6.125" in parsed.text
+    assert "What the memory buys" not in parsed.text
+
+
+def test_write_leaves_a_page_and_a_plot(tmp_path):
+    path = report.write(tmp_path, sweep(), config={}, run={})
+    assert path == tmp_path / "report.html"
+    Page(path.read_text(encoding="utf-8"))
+    ElementTree.parse(tmp_path / "pareto.svg")
+
+
+@pytest.mark.parametrize("tasks", [TASKS, ("needle", "multikey", "multivalue", "multiquery", "kv", "vt", "copy")])
+def test_the_terminal_table_fits_100_columns(tasks):
+    records = sweep([*ACCURACY, "snapkv:tokens=256,window=32+int4"], tasks)
+    records += [record(m, "perplexity", score=None, examples=None, perplexity=12.34) for m in ACCURACY]
+    console = Console(width=100, record=True, file=io.StringIO())
+    for table in tables(summarise(records)):
+        console.print(table)
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= 100
+    assert "…" not in text
+    assert text.count("95 ±") >= len(tasks)
+    assert all(task in text for task in (*tasks, "ppl"))
+
+
+def test_numbers_are_short():
+    assert [percent(x) for x in (0.0, 0.0042, 0.25, 1.03)] == ["0 %", "0.4 %", "25 %", "103 %"]
+    assert [plot.byte_size(x) for x in (512, 1536, 163_840, 5 << 20, 3 << 33)] == [
+        "512 B",
+        "1.5 KiB",
+        "160 KiB",
+        "5 MiB",
+        "24 GiB",
+    ]
+    assert [number(x) for x in (None, 0.0, 0.012345, 3.14159, 1234.5)] == ["–", "0", "0.0123", "3.14", "1234"]
+
+
+def test_disjoint_means_no_common_point():
+    low, high = Estimate(0.4, 0.3, 0.5), Estimate(0.7, 0.6, 0.8)
+    assert low.disjoint(high) and high.disjoint(low)
+    assert not low.disjoint(Estimate(0.55, 0.5, 0.6))

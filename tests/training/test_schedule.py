@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from kvjax.training.loop import Progress
+from kvjax.training.schedule import CURRICULUM, Gate, LearningRate
+
+
+def test_learning_rate():
+    rate = LearningRate(peak=2.0, warmup=4, decay_from=10, steps=20, floor=0.1)
+    assert [float(rate(s)) for s in range(4)] == pytest.approx([0.5, 1.0, 1.5, 2.0])
+    assert float(rate(10)) == pytest.approx(2.0)
+    assert float(rate(15)) == pytest.approx(2.0 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 2))), rel=1e-6)
+    assert float(rate(20)) == float(rate(10_000)) == pytest.approx(0.2)
+
+
+def test_stages_only_get_harder():
+    for one, two in zip(CURRICULUM, CURRICULUM[1:], strict=False):
+        assert two.length >= one.length and two.pairs >= one.pairs and two.repeat <= one.repeat
+        assert two.repeat + two.text <= 1
+
+
+def test_the_gate_opens_on_the_mean_of_a_full_window():
+    gate = Gate(accuracy=0.9, window=3)
+    progress = Progress(0, 0, ())
+    for accuracy in (1.0, float("nan"), 0.9):
+        progress = progress.advance(accuracy, gate, stages=2)
+    assert progress == Progress(3, 0, (1.0, 0.9))
+    progress = progress.advance(0.95, gate, stages=2)
+    assert progress == Progress(4, 1, ())
+    for _ in range(5):
+        progress = progress.advance(1.0, gate, stages=2)
+    assert progress == Progress(9, 1, (1.0, 1.0, 1.0))
+    assert np.isfinite(progress.recent).all()
