@@ -77,8 +77,8 @@ class Stream:
 
     def __call__(self, tokens: np.ndarray) -> None:
         """tokens int32 [1, n]; -1 and stop tokens are not shown."""
-        self._ids += [int(t) for t in tokens[0] if t >= 0 and t not in self._model.stop_tokens]
-        text = self._model.decode_text(self._ids)
+        self._ids += [int(t) for t in tokens[0] if t >= 0 and t not in self._model.tokenizer.stop_ids]
+        text = self._model.tokenizer.decode(self._ids)
         whole = text.rstrip("\ufffd")
         sys.stdout.write(whole[self._shown :])
         sys.stdout.flush()
@@ -86,5 +86,5 @@ class Stream:
 
     def close(self) -> None:
         """Prints what is left, and ends the line."""
-        sys.stdout.write(self._model.decode_text(self._ids)[self._shown :] + "\n")
+        sys.stdout.write(self._model.tokenizer.decode(self._ids)[self._shown :] + "\n")
         sys.stdout.flush()

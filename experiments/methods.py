@@ -69,28 +69,29 @@ def describe(name: str, build: Callable[..., CacheMethod], head_dim: int) -> Ent
 
     method = build()
     summary, paper = read_docstring(inspect.getdoc(build) or "")
-    bits = tuple(codec.bits(head_dim, jnp.bfloat16) for codec in (method.keys, method.values))
+    dtype = jnp.dtype(jnp.bfloat16)
+    bits = (method.keys.bits_per_element(head_dim, dtype), method.values.bits_per_element(head_dim, dtype))
     options = ", ".join(f"{p.name}={p.default}" for p in inspect.signature(build).parameters.values())
     return Entry(name, summary, paper, tuple(axes(method)), options.replace("=None", "=…"), bits)
 
 
 def axes(method: CacheMethod) -> list[tuple[str, str]]:
-    """The fields of a method that differ from the default, in the order in which it declares them."""
+    """What a method chooses: the fields that differ from keeping everything exactly, and the policy if it evicts."""
     chosen = []
     for field in dataclasses.fields(method):
         value = getattr(method, field.name)
-        if field.name != "name" and value != field.default:
+        decides = field.name == "policy" and method.budget.evicts
+        if field.name != "name" and (value != field.default or decides):
             chosen.append((field.name, spelled(value)))
     return chosen
 
 
 def spelled(value: Any) -> str:
-    """A part as it would be written, without the fields that have their default: `Integer(bits=4, group=32)`."""
+    """A part as it would be written, without what is None: `Integer(bits=4, axis=token, group=32, symmetric=False)`."""
     if not dataclasses.is_dataclass(value):
         return str(value)
-    fields = [(field.name, getattr(value, field.name), field.default) for field in dataclasses.fields(value)]
-    given = ", ".join(f"{name}={spelled(one)}" for name, one, default in fields if one != default)
-    return f"{type(value).__name__}({given})"
+    fields = [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
+    return f"{type(value).__name__}({', '.join(f'{name}={spelled(one)}' for name, one in fields if one is not None)})"
 
 
 def read_docstring(text: str) -> tuple[str, str]:

@@ -45,11 +45,11 @@ class Config:
     batch_tokens: int = 8192
     save_every: int = 50
     layers: int = 3
-    embed_dim: int = 160
+    embed_dim: int = 192
     heads: int = 8
     kv_heads: int = 2
     head_dim: int = 32
-    mlp_dim: int = 448
+    mlp_dim: int = 512
     context: int = 1024
     rope_theta: float = 500_000.0
     planted: bool = True

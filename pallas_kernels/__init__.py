@@ -2,20 +2,25 @@
 
 from pallas_kernels.attention_mass import attention_mass
 from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.dispatch import Support
 from pallas_kernels.loader import BlockLoader, DenseLoader, IntegerLoader, Loader, RotatedLoader
 from pallas_kernels.merge import merge
+from pallas_kernels.ops import OPS, supported
 from pallas_kernels.prefill_attention import prefill_attention
 from pallas_kernels.rope import Rope
 
 __all__ = [
+    "OPS",
     "BlockLoader",
     "DenseLoader",
     "IntegerLoader",
     "Loader",
     "Rope",
     "RotatedLoader",
+    "Support",
     "attention_mass",
     "decode_attention",
     "merge",
     "prefill_attention",
+    "supported",
 ]

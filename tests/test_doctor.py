@@ -129,7 +129,8 @@ def test_what_a_method_chooses_is_spelled_out():
     assert dict(entry.axes)["keys"].startswith("Integer(bits=2")
     assert entry.bits == (3.0, 3.0)  # a scale and a zero point of 16 bits for 32 elements
     assert "Liu et al., 2024" in entry.paper and not entry.paper.endswith(".")
-    assert methods.spelled(Integer(bits=2, axis="token", group=16)).startswith("Integer(bits=2")
+    assert methods.spelled(Integer(bits=4, group=16)) == "Integer(bits=4, axis=token, group=16, symmetric=False)"
+    assert dict(methods.describe("streaming_llm", METHODS["streaming_llm"], 128).axes)["policy"] == "Recency()"
 
 
 def test_the_methods_are_listed(capsys):

@@ -99,7 +99,7 @@ def generate(
         context = engine_prefill.prefill(model, rows, _method(method), reserve=max_new_tokens, dtype=dtype)
     else:
         context = append(model, cache, rows, then=max_new_tokens)
-    stop_ids = tuple(model.stop_tokens if stop is None else stop)
+    stop_ids = tuple(model.tokenizer.stop_ids if stop is None else stop)
     state = DecodeState(
         cache=context.cache,
         logits=context.logits,
@@ -117,7 +117,7 @@ def generate(
             break
     ids = np.concatenate(pieces, axis=1) if pieces else np.zeros((len(rows), 0), np.int32)
     kept = [[int(t) for t in row if t >= 0] for row in ids]
-    texts = [model.decode_text([t for t in row if t not in stop_ids]) for row in kept]
+    texts = [model.tokenizer.decode([t for t in row if t not in stop_ids]) for row in kept]
     return Generation(texts, kept, Context(state.cache, state.logits))
 
 
@@ -150,4 +150,4 @@ def _method(method: str | CacheMethod) -> CacheMethod:
 def _encode(model: LanguageModel, prompt: Prompt | Sequence[Prompt], special: bool) -> list[list[int]]:
     many = not isinstance(prompt, str) and (len(prompt) == 0 or not isinstance(prompt[0], (int, np.integer)))
     prompts = prompt if many else [prompt]
-    return [model.encode_text(p, special=special) if isinstance(p, str) else [int(t) for t in p] for p in prompts]
+    return [model.tokenizer.encode(p, special=special) if isinstance(p, str) else [int(t) for t in p] for p in prompts]

@@ -131,8 +131,8 @@ def _score(score: Estimate | None) -> Markup:
 
 
 def _breakable(name: str) -> Markup:
-    """A method's name that may break behind its punctuation rather than inside a word."""
-    return Markup(re.sub(r"([:+,=_])", r"\1<wbr>", str(escape(name))))
+    """A name that may break behind its punctuation rather than inside a word."""
+    return Markup(re.sub(r"([:+,=_-])", r"\1<wbr>", str(escape(name))))
 
 
 def _joined(sentence: str) -> str:

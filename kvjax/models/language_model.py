@@ -32,6 +32,11 @@ class LanguageModel:
     tokenizer: Tokenizer = dataclasses.field(default=Tokenizer(), metadata={"static": True})
     name: str = dataclasses.field(default="model", metadata={"static": True})
 
+    @property
+    def module(self) -> Transformer:
+        """The Linen module, a static argument of compiled functions."""
+        return Transformer(self.config)
+
     def apply(
         self,
         tokens: Array,
@@ -41,8 +46,7 @@ class LanguageModel:
         logits_at: Array | None = None,
     ) -> tuple[Array, tuple[Any, ...] | None]:
         """`Transformer.__call__` with these parameters: tokens int32 [B, T] to (logits f32 [B, T, V], cache)."""
-        module = Transformer(self.config)
-        return module.apply({"params": self.params}, tokens, positions, cache, valid, logits_at)  # pyright: ignore[reportReturnType]
+        return self.module.apply({"params": self.params}, tokens, positions, cache, valid, logits_at)  # pyright: ignore[reportReturnType]
 
     @property
     def num_params(self) -> int:

@@ -3,8 +3,8 @@
 From ordinary initial values a small decoder with rotary embedding stays for millions of tokens on the plateau
 "some value of this context" before it finds induction (Olsson et al., 2022, arXiv 2209.11895): one layer moves
 each token's identity to its successor, the next finds the place whose moved identity is the current token and
-copies what stands there. `planted` starts with both, roughly, in one head per kv head; everything is trained
-from there. (Structured initial attention weights: Trockman and Kolter, 2023, arXiv 2305.09828.)
+copies what stands there. `planted` starts with both, roughly, and with heads that look two and three tokens
+back (longer keys, several questions at once); everything is trained from there. (Structured initial attention weights: Trockman and Kolter, 2023, arXiv 2305.09828.)
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from kvjax.typing import PyTree
 
 @dataclasses.dataclass(frozen=True)
 class Strength:
-    """How firmly the circuit is planted; the defaults hold for widths around 160.
+    """How firmly the circuit is planted; the defaults hold for widths around 200 and head_dim 32.
 
     Attributes:
       embedding: standard deviation of the embeddings. With matrices scaled by their fan-in it must not be
@@ -31,9 +31,9 @@ class Strength:
       offset: added to every embedding. A direction that all tokens share is what a head needs to attend by
         position alone; the logits of a tied head do not change by it.
       residual: factor on the other output projections.
-      previous: amplitude of query and key of the head that looks at the previous token.
-      moved: gain of the identity that this head writes.
-      match: gain of the query and key that find it.
+      previous: amplitude of query and key of the heads that look back by a fixed distance.
+      moved: gains of the identities that they write, one head per distance 1, 2, …
+      match: gain of the query and key that find the identity from distance 1.
       copied: gain of what the matching head writes.
     """
 
@@ -41,7 +41,7 @@ class Strength:
     offset: float = 0.04
     residual: float = 0.1
     previous: float = 2.5
-    moved: float = 0.3
+    moved: tuple[float, ...] = (0.3, 0.15, 0.15)
     match: float = 4.0
     copied: float = 0.8
 
@@ -51,15 +51,19 @@ def planted(params: PyTree, config: TransformerConfig, seed: int, strength: Stre
 
     Args:
       params: what `Transformer(config).init` gave, float32; the arrays that this does not plant are kept.
-      config: at least two layers, rotary embedding, and 2 * head_dim < embed_dim.
+      config: at least two layers and rotary embedding; the other bounds are in the error.
       seed: of the random directions.
 
     Returns a new tree of the same shapes. Raises UsageError when the circuit does not fit.
     """
-    if config.num_layers < 2 or config.rope is None or 2 * config.head_dim >= config.embed_dim:
+    distances = len(strength.moved)
+    group = config.num_heads // config.num_kv_heads
+    least = (distances + 1) * config.head_dim + 1
+    if config.num_layers < 2 or config.rope is None or config.embed_dim < least or group < distances:
         raise UsageError(
-            f"an induction circuit needs two layers, rotary embedding and embed_dim > 2 * head_dim; got "
-            f"{config.num_layers} layers, embed_dim {config.embed_dim}, head_dim {config.head_dim}"
+            f"an induction circuit with {distances} distances needs 2 layers, rotary embedding, embed_dim >= {least} "
+            f"and {distances} query heads per kv head; got {config.num_layers} layers, embed_dim {config.embed_dim}, "
+            f"{group} query heads per kv head"
         )
     tree = jax.tree.map(lambda leaf: np.array(leaf, np.float32), params)
     rng = np.random.default_rng([seed, config.embed_dim])
@@ -68,26 +72,28 @@ def planted(params: PyTree, config: TransformerConfig, seed: int, strength: Stre
     for layer in range(config.num_layers):
         tree[f"layers_{layer}"]["attention"]["o"]["kernel"] *= strength.residual
         tree[f"layers_{layer}"]["mlp"]["down"]["kernel"] *= strength.residual
-    here, before = np.split(_directions(rng, config.embed_dim, 2 * config.head_dim), 2, axis=1)
-    _plant_previous(tree["layers_0"]["attention"], config, strength, here, before)
-    _plant_match(rng, tree["layers_1"]["attention"], config, strength, here, before)
+    here, *back = np.split(_directions(rng, config.embed_dim, least - 1), distances + 1, axis=1)
+    _plant_previous(tree["layers_0"]["attention"], config, strength, here, back)
+    _plant_match(rng, tree["layers_1"]["attention"], config, strength, here, back[0])
     return jax.tree.map(jnp.asarray, tree)
 
 
 def _plant_previous(
-    attention: dict[str, Any], config: TransformerConfig, strength: Strength, here: np.ndarray, before: np.ndarray
+    attention: dict[str, Any], config: TransformerConfig, strength: Strength, here: np.ndarray, back: list[np.ndarray]
 ) -> None:
-    """Query head 0 attends to the token before; identity read along `here` [D, H] is written along `before`."""
+    """Query head i attends i + 1 tokens back; identity read along `here` [D, H] is written along `back[i]` [D, H]."""
     assert config.rope is not None
     pairs = config.head_dim // 2
     angle = np.asarray(config.rope.table(config.head_dim, jnp.int32(1)).inv_freq, np.float64)
     amplitude = np.where(np.arange(pairs) < pairs // 2, strength.previous, 0.0)
     shared = np.ones((config.embed_dim, 1)) / np.sqrt(config.embed_dim)
-    # Rotary embedding turns q by t and k by s: their product peaks where s - t cancels the angle set here.
     attention["k"]["kernel"][:, 0] = shared * np.concatenate([amplitude, 0 * amplitude])
-    attention["q"]["kernel"][:, 0] = shared * np.concatenate([amplitude * np.cos(angle), -amplitude * np.sin(angle)])
     attention["v"]["kernel"][:, 0] = here
-    attention["o"]["kernel"][0] = strength.moved * before.T
+    for head, (written, gain) in enumerate(zip(back, strength.moved, strict=True)):
+        # Rotary embedding turns q by t and k by s: their product peaks where s - t cancels the angle set here.
+        turned = np.concatenate([amplitude * np.cos((head + 1) * angle), -amplitude * np.sin((head + 1) * angle)])
+        attention["q"]["kernel"][:, head] = shared * turned
+        attention["o"]["kernel"][head] = gain * written.T
 
 
 def _plant_match(

@@ -1,4 +1,4 @@
-"""The attention that every key receives."""
+"""How much attention each key received: the statistic of eviction policies."""
 
 from pallas_kernels.attention_mass.api import attention_mass
 

@@ -1,13 +1,14 @@
-"""`attention_mass` for XLA: a loop over blocks of queries, so that only [B, K, G, block, S] is ever held."""
+"""`attention_mass` for XLA: blocks of queries add their probabilities to one row of masses per head."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention_mass import reference
-
-BLOCK_BYTES = 4 << 20
+from pallas_kernels.lanes import CACHE_BYTES, over_lanes
+from pallas_kernels.logits import cap, visible
 
 
 def run(
@@ -25,41 +26,64 @@ def run(
     reduce: str,
 ) -> jax.Array:
     """See `api.attention_mass`."""
-    batch, heads, groups, tokens, _ = q.shape
+    batch, heads, groups, tokens, dim = q.shape
     slots = k.shape[2]
-    block = _block(batch * heads * groups * slots, tokens)
-    extra = -tokens % block
+    block = min(tokens, max(8, CACHE_BYTES // (2 * 4 * groups * slots)))
+    padding = -tokens % block
+    # exp(x - inf) = 0: a query that is invalid, or saw nothing, gives nothing.
+    lse = jnp.where(query_valid[:, None, None] & ~jnp.isneginf(lse), lse, jnp.inf)
 
-    def blocks(x: jax.Array, axis: int) -> jax.Array:
-        """[..., T, ...] -> [n, ..., block, ...], padded; padded queries are not valid."""
-        padding = [(0, 0)] * x.ndim
-        padding[axis] = (0, extra)
-        x = jnp.pad(x, padding)
-        split = x.reshape(*x.shape[:axis], x.shape[axis] // block, block, *x.shape[axis + 1 :])
-        return jnp.moveaxis(split, axis, 0)
+    def queries(x: jax.Array, axis: int, fill: float = 0) -> jax.Array:
+        """Pads the token axis to whole blocks."""
+        widths = [(0, 0)] * x.ndim
+        widths[axis] = (0, padding)
+        return jnp.pad(x, widths, constant_values=fill)
 
-    def add(mass: jax.Array, part: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-        queries, totals, positions, valid = part
-        fresh = reference.run(
-            queries,
-            k,
-            totals,
-            query_positions=positions,
-            key_positions=key_positions,
-            query_valid=valid,
-            key_valid=key_valid,
-            window=window,
-            scale=scale,
-            softcap=softcap,
-            reduce=reduce,
-        )
-        return mass + fresh, None
+    def lanes(x: jax.Array) -> jax.Array:
+        x = jnp.broadcast_to(x, (batch, heads, *x.shape[2:]))
+        return x.reshape(batch * heads, *x.shape[2:])
 
-    parts = (blocks(q, 3), blocks(lse, 3), blocks(query_positions, 1), blocks(query_valid, 1))
-    mass, _ = jax.lax.scan(add, jnp.zeros((batch, heads, slots), jnp.float32), parts)
-    return mass
+    args = (
+        lanes(queries(q.astype(jnp.float32) * scale, 3)),
+        lanes(queries(lse, 3, jnp.inf)),
+        lanes(queries(query_positions, 1)[:, None]),
+        lanes(k),
+        lanes(key_positions[:, None]),
+        lanes(key_valid[:, None]),
+    )
+    lane = jax.vmap(partial(_lane, block, window, softcap))
+    masses = over_lanes(lane, args, CACHE_BYTES // (2 * 4 * groups * block * slots))
+    per_head = masses.reshape(batch, heads, groups, slots)
+    return {"sum": jnp.sum, "mean": jnp.mean, "max": jnp.max}[reduce](per_head, axis=2)
 
 
-def _block(per_query: int, tokens: int) -> int:
-    """Queries whose probabilities fill about BLOCK_BYTES, at least 1."""
-    return max(1, min(tokens, BLOCK_BYTES // (4 * per_query)))
+def _lane(
+    block: int,
+    window: int | None,
+    softcap: float | None,
+    q: jax.Array,
+    lse: jax.Array,
+    query_positions: jax.Array,
+    k: jax.Array,
+    key_positions: jax.Array,
+    key_valid: jax.Array,
+) -> jax.Array:
+    """One (row, kv head): q [G, T, H], lse [G, T], k [S, H] -> [G, S]."""
+    keys = k.astype(jnp.float32)
+    groups, tokens, dim = q.shape
+
+    def step(masses: jax.Array, part: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        q, lse, positions = part
+        logits = cap(jnp.einsum("gth,sh->gts", q, keys), softcap)
+        mask = visible(positions, key_positions, window) & key_valid
+        probabilities = jnp.where(mask, jnp.exp(logits - lse[..., None]), 0.0)
+        return masses + jnp.sum(probabilities, axis=1), None
+
+    blocks = tokens // block
+    parts = (
+        jnp.moveaxis(q.reshape(groups, blocks, block, dim), 1, 0),
+        jnp.moveaxis(lse.reshape(groups, blocks, block), 1, 0),
+        query_positions.reshape(blocks, block),
+    )
+    masses, _ = jax.lax.scan(step, jnp.zeros((groups, keys.shape[0])), parts)
+    return masses

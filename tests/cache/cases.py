@@ -10,6 +10,7 @@ import kvjax.cache.codec
 import kvjax.cache.policy
 from kvjax.cache.budget import Budget, Full, Uniform
 from kvjax.cache.codec import Codec, Identity, Integer
+from kvjax.cache.layout import ring_slots
 from kvjax.cache.method import CacheMethod
 from kvjax.cache.methods import parse
 from kvjax.cache.policy import AttentionMass, Observation, Policy, Random, Recency
@@ -140,3 +141,21 @@ def roomy(method: CacheMethod, tokens: int) -> CacheMethod:
     if method.budget.evicts:
         changes["budget"] = Uniform(tokens_kept=tokens)
     return dataclasses.replace(method, **changes)
+
+
+def recent_of(method: CacheMethod, prompt: int, padded: int) -> int:
+    """The recent window of a row: a number, or a share of the row's budget."""
+    if not isinstance(method.recent, float):
+        return method.recent
+    return max(1, int(method.recent * budget_of(method, prompt, padded)))
+
+
+def budget_of(method: CacheMethod, prompt: int, padded: int) -> int:
+    """The tokens of a row that are kept: of its own prompt where the budget is a share."""
+    return method.budget.tokens(prompt if method.budget.relative else padded)
+
+
+def always_of(method: CacheMethod, prompt: int, padded: int) -> int:
+    """What a row may hold however small its budget: sinks, recent window and, of a share, one block to choose."""
+    ring = ring_slots(recent_of(method, prompt, padded), method.block)
+    return method.sinks + ring + (method.block if method.budget.relative else 0)

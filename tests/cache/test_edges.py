@@ -15,7 +15,7 @@ from kvjax.cache.layer_cache import LayerCache
 from kvjax.cache.method import CacheMethod
 from kvjax.cache.methods import parse
 from kvjax.cache.policy import AttentionMass, Random
-from tests.cache.cases import METHODS
+from tests.cache.cases import METHODS, budget_of, recent_of
 from tests.cache.driver import Inputs, Setup, dims_of, draw, run, step_of
 
 FAR = (
@@ -58,7 +58,7 @@ def _holds(method: CacheMethod, prompt: int) -> int:
     """Tokens that a row may hold without losing one: sinks, and what of the budget is whole blocks."""
     if not method.budget.evicts:
         return 10**6
-    return max(1, method.budget.tokens(prompt) - 2 * method.block) if method.every is not None else 1
+    return max(1, budget_of(method, prompt, 64) - 2 * method.block)
 
 
 @pytest.mark.parametrize(("batch", "kv_heads"), [(1, 2), (1, 1), (3, 1)])
@@ -106,7 +106,7 @@ def test_hundreds_of_tokens_beyond_the_budget(name: str) -> None:
     counts = (held >= 0).sum(-1)
     assert counts.max() <= budget + slack
     assert counts[-1].min() > budget - 2 * method.block
-    recent = method.recent_tokens(budget)
+    recent = recent_of(method, 40, 40)
     for i in range(401):
         for b, prompt in enumerate((40, 2)):
             tokens = prompt + i

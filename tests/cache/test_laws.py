@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 
 from kvjax.cache.budget import Full, Uniform
-from kvjax.cache.layout import ring_slots
 from kvjax.cache.method import CacheMethod
 from kvjax.cache.methods import METHODS as NAMES
 from kvjax.cache.policy import AttentionMass, Observation, Recency
-from tests.cache.cases import EVICTING, METHODS, NAMED, PARTS, covered, exported, roomy
+from tests.cache.cases import EVICTING, METHODS, NAMED, PARTS, always_of, budget_of, covered, exported, recent_of, roomy
 from tests.cache.driver import Inputs, Run, Setup, dims_of, draw, run
 
 LENGTHS = (64, 45, 9)
@@ -206,35 +205,22 @@ def test_a_row_alone_in_a_bucket_of_its_own(name: str) -> None:
 def test_positions_are_a_set_with_sinks_and_recent(name: str) -> None:
     """Law 4."""
     method, result = METHODS[name], result_of(name)
-    budget = method.budget.tokens(64) if method.budget.evicts else 88
-    recent = method.recent_tokens(budget)
     for b, prompt in enumerate(LENGTHS):
+        recent = recent_of(method, prompt, 64)
         for i, heads in enumerate(sorted_positions(result, b)):
             tokens = prompt + i
-            always = {*range(min(method.sinks, tokens)), *range(max(0, tokens - _own(method, recent, prompt)), tokens)}
+            always = {*range(min(method.sinks, tokens)), *range(max(0, tokens - recent), tokens)}
             for positions in heads:
                 assert len(positions) == len(set(positions))
                 assert always <= set(positions) <= set(range(tokens))
 
 
-def _own(method: CacheMethod, recent: int, prompt: int) -> int:
-    """The recent window of a row: where it is a share of a budget that is a share, of the row's own."""
-    if isinstance(method.recent, float) and isinstance(method.budget, Uniform) and method.budget.share:
-        return min(recent, method.recent_tokens(method.budget.tokens(prompt)))
-    return recent
-
-
 @pytest.mark.parametrize("name", EVICTING)
 def test_no_row_ever_holds_more_than_its_budget(name: str) -> None:
-    """Law 4: at most the row's own budget, plus what was decoded where that is kept, plus the slack of `every`.
-
-    Where the row's budget is smaller than the sinks and the recent window, those are what it holds.
-    """
+    """Law 4: at most the row's own budget, plus what was decoded where that is kept, plus the slack of `every`."""
     method, result = EVICTING[name], result_of(name)
-    recent = method.recent_tokens(method.budget.tokens(64))
     for b, prompt in enumerate(LENGTHS):
-        always = method.sinks + ring_slots(_own(method, recent, prompt), method.block)
-        most = max(method.budget.tokens(prompt), always)
+        most = max(budget_of(method, prompt, 64), always_of(method, prompt, 64))
         for i, heads in enumerate(sorted_positions(result, b)):
             slack = i if method.every is None else min(i, method.every - method.block)
             assert max(len(p) for p in heads) <= most + slack, (b, i)

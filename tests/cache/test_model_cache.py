@@ -141,7 +141,7 @@ def test_room_of_a_model_whose_first_layer_has_a_window() -> None:
     [
         ("int4:group=24", {}, "24"),
         ("kivi-2:group=48", {}, "48"),
-        ("snapkv:tokens=24", {}, "at least 64"),
+        ("snapkv:tokens=24", {}, "65 tokens or more"),
         ("h2o:tokens=1", {}, "budget"),
     ],
 )

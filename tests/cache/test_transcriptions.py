@@ -126,7 +126,7 @@ def test_random(query_heads: int) -> None:
     result = run(setup, inputs)
     assert isinstance(method.policy, Random)
     positions = np.arange(inputs.q.shape[1])[None, None]
-    slots = Slots(positions=positions, stats=None, length=None, head_index=result.cache.head_index)
+    slots = Slots(positions=positions, stats=None, seen=None, head_index=result.cache.head_index)
     scores = np.asarray(method.policy.slot_scores(slots), np.float64)[0]
     assert len(np.unique(scores)) == scores.size
     for b in range(len(inputs.lengths)):

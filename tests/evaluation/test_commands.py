@@ -111,7 +111,7 @@ def test_generate_streams_the_same_text_that_it_returns(model, capsys):
 def test_a_stream_in_pieces_is_the_whole_text(model, capsys):
     text = "naïve → β and more"
     stream, shown = generate.Stream(model), []
-    for token in model.encode_text(text, special=False):
+    for token in model.tokenizer.encode(text, special=False):
         stream(np.array([[token, -1]], np.int32))
         shown.append(capsys.readouterr().out)
     stream.close()

@@ -150,10 +150,18 @@ class Integer(Codec):
     def _scale(self, low: Array, high: Array) -> tuple[Array, Array | None]:
         """bfloat16 (scale, zero) whose codes cover [low, high]."""
         if self.symmetric:
-            return _round_up(jnp.maximum(high / (2 ** (self.bits - 1) - 1), MIN_SCALE)), None
+            return _least_scale(high / (2 ** (self.bits - 1) - 1)), None
         zero = _round_down(low)
-        levels = 2**self.bits - 1
-        return _round_up(jnp.maximum((high - zero.astype(jnp.float32)) / levels, MIN_SCALE)), zero
+        return _least_scale((high - zero.astype(jnp.float32)) / (2**self.bits - 1)), zero
+
+
+def _least_scale(step: Array) -> Array:
+    """The least bfloat16 scale that covers `step`, up to the float32 rounding in `step` itself.
+
+    Compilers turn a division by a constant into a product, so a step that should be a bfloat16 may be a bit above it;
+    without the slack it would be rounded up to the next one, and the codes would depend on the compiler.
+    """
+    return _round_up(jnp.maximum(step * (1.0 - 2.0**-22), MIN_SCALE))
 
 
 def _round_down(x: Array) -> Array:
