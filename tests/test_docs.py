@@ -20,9 +20,7 @@ def test_add_a_method_runs() -> None:
     names: dict = {"__name__": "add_a_method"}
     for block in blocks:
         exec(compile(block, "docs/add_a_method.md", "exec"), names)
-    dims = CacheDims(
-        batch=2, kv_heads=2, query_heads=4, head_dim=8, max_length=24, prompt_length=16, dtype="float32"
-    )
+    dims = CacheDims(batch=2, kv_heads=2, query_heads=4, head_dim=8, max_length=24, prompt_length=16, dtype="float32")
     keys = jax.random.split(jax.random.key(0), 3)
     step = Step(
         queries=jax.random.normal(keys[0], (2, 16, 4, 8)),

@@ -87,7 +87,9 @@ class Uniform(Budget):
         for name in ("tokens_kept", "bytes_kept"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
-                raise UsageError(f"a budget in {name.removesuffix('_kept')} is a whole number of at least 1; got {value!r}")
+                raise UsageError(
+                    f"a budget in {name.removesuffix('_kept')} is a whole number of at least 1; got {value!r}"
+                )
         if self.share is not None and not 0 < self.share <= 1:
             raise UsageError(f"a budget's share is what is kept, in (0, 1]; got {self.share}")
 
@@ -101,7 +103,9 @@ class Uniform(Budget):
 
     def tokens(self, length: int) -> int:
         if self.bytes_kept is not None:
-            raise UsageError("a budget in bytes depends on the model: call kvjax.cache.plan.resolve(method, dims) first")
+            raise UsageError(
+                "a budget in bytes depends on the model: call kvjax.cache.plan.resolve(method, dims) first"
+            )
         return self.tokens_kept if self.tokens_kept is not None else int(length * (self.share or 0.0) + 1e-6)
 
     def row_tokens(self, lengths: Array) -> Array:
@@ -126,7 +130,7 @@ class Uniform(Budget):
                 high = (low + high) // 2 - 1
         if fitting is None:
             raise UsageError(
-                f"{self.bytes_kept} bytes per row hold neither the sinks and the recent window nor the slots for decoded "
-                f"tokens; all tokens take {cost(Uniform(tokens_kept=longest))} bytes"
+                f"{self.bytes_kept} bytes per row hold neither the sinks and the recent window nor the slots for "
+                f"decoded tokens; all tokens take {cost(Uniform(tokens_kept=longest))} bytes"
             )
         return fitting

@@ -32,9 +32,9 @@ def fill(cache: LayerCache, prompt: Prompt, keys: Array) -> LayerCache:
         if segment is None:
             return None
         index = jnp.maximum(positions, 0)
-        taken = [jnp.take_along_axis(x, index[..., None], axis=2) for x in (keys, prompt.values)]
+        chosen_keys, chosen_values = (jnp.take_along_axis(x, index[..., None], axis=2) for x in (keys, prompt.values))
         slot_stats = None if stats is None else jnp.take_along_axis(stats, index, axis=2) * (positions >= 0)
-        return segment.fill(*taken, positions, slot_stats)
+        return segment.fill(chosen_keys, chosen_values, positions, slot_stats)
 
     left_ring = flushed(lengths, layout.sinks, cache.ring, layout.block)
     return dataclasses.replace(
@@ -92,28 +92,25 @@ def append(cache: LayerCache, step: Step, stats: Array | None) -> LayerCache:
 def _append_one(
     cache: LayerCache, seen: Array, key: Array, value: Array, stat: Array | None, valid: Array
 ) -> LayerCache:
-    """seen int32 [B], tokens whose queries the statistics hold; key, value [B, K, H]; stat f32 [B, K]; valid bool [B]."""
+    """key, value [B, K, H]; stat f32 [B, K]; valid bool [B]; seen as in `Slots`."""
     layout, position = cache.layout, cache.length
     token = (key[:, :, None], value[:, :, None], position[:, None, None], None if stat is None else stat[..., None])
     past_sinks = valid & (position >= layout.sinks)
     if cache.sinks is not None:
         slot = jnp.where(valid & ~past_sinks, position, layout.sinks)
         cache = dataclasses.replace(cache, sinks=cache.sinks.write(*token, slot[:, None], 1))
-    if cache.recent is None:
+    ring = cache.recent
+    if ring is None:
         cache = _insert(cache, seen, *token, past_sinks)
     else:
         slot = (position - layout.sinks) % cache.ring
         beyond = position - layout.sinks - cache.ring
         leaves = past_sinks & (beyond >= 0) & (beyond % layout.block == 0)
         if cache.body is not None:
-            cache = _insert(cache, seen, *cache.recent.read(slot, layout.block), leaves)
-        recent = cache.recent
-        freed = jnp.where(leaves, slot // layout.block, layout.ring)
-        gone = recent.positions.at[
-            jnp.arange(slot.shape[0])[:, None], 0, freed[:, None] * layout.block + jnp.arange(layout.block)
-        ].set(EMPTY, mode="drop")
-        recent = dataclasses.replace(recent, positions=gone)
-        recent = recent.write(*token, jnp.where(past_sinks, slot, layout.ring)[:, None], 1)
+            cache = _insert(cache, seen, *ring.read(slot, layout.block), leaves)
+        left = jnp.where(leaves, slot // layout.block, layout.ring)[:, None]
+        entered = jnp.where(past_sinks, slot, layout.ring)[:, None]
+        recent = ring.clear(left, layout.block).write(*token, entered, 1)
         cache = dataclasses.replace(cache, recent=recent)
     return dataclasses.replace(cache, length=cache.length + valid.astype(jnp.int32))
 

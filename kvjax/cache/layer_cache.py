@@ -110,11 +110,14 @@ class LayerCache:
         Returns:
           The attention output [B, T, N, H] in the dtype of the queries, and the new cache.
         """
+        step.check(self.head_index.shape[0], self.dims.head_dim)
         if self.phase == "empty" and self.method.prefill == "exact":
             output, log_sum_exp = attend_prompt(step)
             return output, self.absorb_prompt(step, log_sum_exp)
         output, observed, new_stats = read_cache(self, step)
-        phase: Phase = "prompt" if self.phase in ("empty", "prompt") and self.method.prefill == "streaming" else "decode"
+        phase: Phase = (
+            "prompt" if self.phase in ("empty", "prompt") and self.method.prefill == "streaming" else "decode"
+        )
         return output, flow.append(dataclasses.replace(observed, phase=phase), step, new_stats)
 
     def absorb_prompt(self, step: Step, log_sum_exp: Array) -> LayerCache:
@@ -138,4 +141,3 @@ class LayerCache:
     def end_prompt(self) -> LayerCache:
         """Marks the end of a streaming prefill: from here on what `every` says holds."""
         return dataclasses.replace(self, phase="decode")
-

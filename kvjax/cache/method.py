@@ -17,6 +17,7 @@ from kvjax.cache.policy.base import check_word
 from kvjax.errors import UsageError
 from kvjax.typing import Array
 
+FULL, RECENCY, DROP, EXACT = Full(), Recency(), Drop(), Identity()
 Prefill = Literal["exact", "streaming"]
 Positions = Literal["original", "renumbered"]
 
@@ -40,11 +41,11 @@ class CacheMethod:
     """
 
     name: str = "custom"
-    budget: Budget = Full()
-    policy: Policy = Recency()
-    fate: Fate = Drop()
-    keys: Codec = Identity()
-    values: Codec = Identity()
+    budget: Budget = FULL
+    policy: Policy = RECENCY
+    fate: Fate = DROP
+    keys: Codec = EXACT
+    values: Codec = EXACT
     sinks: int = 0
     recent: int | float = 0
     prefill: Prefill = "exact"
@@ -71,11 +72,13 @@ class CacheMethod:
         if self.every is not None and (self.every < 1 or self.every % self.block):
             return f"every={self.every} must be a positive multiple of the codecs' block of {self.block} tokens"
         if not self.policy.online and self.every is not None:
-            return f"{type(self.policy).__name__} scores a prompt only, so decoded tokens cannot compete; use every=None"
+            return (
+                f"{type(self.policy).__name__} scores a prompt only, so decoded tokens cannot compete; use every=None"
+            )
         if not self.policy.online and self.prefill == "streaming":
             return (
-                f"{type(self.policy).__name__} scores with the prompt's last queries, which a streaming prefill has not "
-                "seen when it must evict; use prefill='exact' or another policy"
+                f"{type(self.policy).__name__} scores with the prompt's last queries, which a streaming prefill has "
+                "not seen when it must evict; use prefill='exact' or another policy"
             )
         return None
 
@@ -158,5 +161,5 @@ class CacheMethod:
 
     def is_no_op(self, dims: CacheDims) -> bool:
         """Whether the budget is so large that nothing of the prompt is evicted and nothing is coded."""
-        exact = self.keys == Identity() and self.values == Identity()
+        exact = self.keys == EXACT and self.values == EXACT
         return exact and (not self.budget.evicts or self.budget.tokens(dims.prompt_length) >= dims.prompt_length)

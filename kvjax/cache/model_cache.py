@@ -106,7 +106,7 @@ class ModelCache:
         if (row := int(np.argmax(needed - room))) is not None and needed[row] > room[row]:
             length = int(self.lengths[row])
             raise CacheFullError(
-                f"cache full: row {row} holds {length} tokens and is to append {int(needed[row])}, but it was made with "
+                f"cache full: row {row} holds {length} tokens and is to append {int(needed[row])}, but was made with "
                 f"room for {length + int(room[row])} (max_length {self.layers[0].dims.max_length}, prompt "
                 f"{self.layers[0].dims.prompt_length}). Make it with a larger max_length, or append less."
             )

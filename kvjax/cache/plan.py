@@ -19,7 +19,12 @@ def layer_bytes(method: CacheMethod, dims: CacheDims) -> int:
     method = method.for_layer(dims)
     layout, heads = method.layout(dims), dims.kv_heads
     exact = 2 * heads * dims.head_dim * jnp.dtype(dims.dtype).itemsize + _INT
-    coded = heads * dims.head_dim * sum(c.bits_per_element(dims.head_dim, dims.dtype) for c in (method.keys, method.values)) / 8
+    coded = (
+        heads
+        * dims.head_dim
+        * sum(c.bits_per_element(dims.head_dim, jnp.dtype(dims.dtype)) for c in (method.keys, method.values))
+        / 8
+    )
     per_head = method.budget.evicts and method.policy.per_head
     statistic = heads * _INT if method.keeps_statistics else 0
     row = layout.sinks * exact + layout.ring * (exact + statistic)

@@ -32,7 +32,7 @@ def read_cache(cache: LayerCache, step: Step) -> tuple[Array, LayerCache, Array 
     parts, logits = [], []
     for segment, rank in zip(cache.segments, ranks, strict=True):
         keys = segment.key_codec.loader(segment.keys)
-        if rank is not None:
+        if rank is not None and step.rope is not None:
             keys = RotatedLoader(keys, rank, step.rope)
         read = decode_attention(
             rows,

@@ -47,10 +47,10 @@ class Segment:
         stats: bool,
     ) -> Segment:
         """No tokens; `slots` is a multiple of both codecs' blocks."""
-        lead = (batch, heads)
+        lead, kind = (batch, heads), jnp.dtype(dtype)
         return cls(
-            keys=key_codec.empty(lead, slots // key_codec.block, head_dim, dtype),
-            values=value_codec.empty(lead, slots // value_codec.block, head_dim, dtype),
+            keys=key_codec.empty(lead, slots // key_codec.block, head_dim, kind),
+            values=value_codec.empty(lead, slots // value_codec.block, head_dim, kind),
             positions=jnp.full((batch, heads if per_head else 1, slots), EMPTY, jnp.int32),
             stats=jnp.zeros((batch, heads, slots), jnp.float32) if stats else None,
             key_codec=key_codec,
@@ -89,7 +89,9 @@ class Segment:
 
         return dataclasses.replace(self, **jax.tree.map(put, old, fresh))
 
-    def write(self, keys: Array, values: Array, positions: Array, stats: Array | None, block: Array, size: int) -> Segment:
+    def write(
+        self, keys: Array, values: Array, positions: Array, stats: Array | None, block: Array, size: int
+    ) -> Segment:
         """One block of `size` tokens written in place.
 
         keys, values [B, K, size, H]; positions int32 [B, 1, size]; stats f32 [B, K, size] or None; block int32
@@ -102,6 +104,11 @@ class Segment:
             positions=_scatter(self.positions, positions, block, size),
             stats=None if self.stats is None else _scatter(self.stats, stats, block, size),
         )
+
+    def clear(self, block: Array, size: int) -> Segment:
+        """Blocks of `size` slots marked as empty; block as in `write`."""
+        gone = jnp.full((*self.positions.shape[:2], size), EMPTY, jnp.int32)
+        return dataclasses.replace(self, positions=_scatter(self.positions, gone, block, size))
 
     def read(self, start: Array, size: int) -> tuple[Array, Array, Array, Array | None]:
         """`size` consecutive slots from `start` int32 [B]: keys, values [B, K, size, H], positions, stats.
@@ -120,14 +127,14 @@ class Segment:
 
 
 def _scatter(store: PyTree, fresh: PyTree, block: Array, per_block: int) -> PyTree:
-    """Writes leaves [B, K, per_block, ...] over block `block` [B, K or 1] of leaves [B, K, S', ...]; too large is dropped."""
+    """Writes leaves [B, K, per_block, ...] over the blocks `block` [B, K or 1] of [B, K, S', ...]; M writes nothing."""
 
     def put(leaf: Array, new: Array) -> Array:
         batch, heads = leaf.shape[:2]
         new = jnp.broadcast_to(new, (batch, heads, *new.shape[2:])).astype(leaf.dtype)
         rows = jnp.arange(batch)[:, None, None]
         cols = jnp.arange(heads)[None, :, None]
-        where = block[:, : heads, None] * per_block + jnp.arange(per_block)
+        where = block[:, :heads, None] * per_block + jnp.arange(per_block)
         return leaf.at[rows, cols, where].set(new, mode="drop", unique_indices=True)
 
     return jax.tree.map(put, store, fresh)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
+import chex
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels.rope import Rope
 
@@ -41,3 +43,16 @@ class Step:
     window: int | None = dataclasses.field(default=None, metadata={"static": True})
     softcap: float | None = dataclasses.field(default=None, metadata={"static": True})
     kv_head_of_query: tuple[int, ...] | None = dataclasses.field(default=None, metadata={"static": True})
+
+    def check(self, kv_heads: int, head_dim: int) -> None:
+        """Raises AssertionError where a shape or a dtype is not as documented; free under jit."""
+        batch, tokens, heads, _ = self.queries.shape
+        chex.assert_shape(self.queries, (batch, tokens, heads, head_dim))
+        chex.assert_shape([self.keys, self.values], (batch, tokens, kv_heads, head_dim))
+        chex.assert_shape([self.positions, self.valid], (batch, tokens))
+        chex.assert_type([self.queries, self.keys, self.values], float)
+        chex.assert_type([self.positions, self.valid], [int, jnp.bool_])
+        if self.kv_head_of_query is None:
+            chex.assert_is_divisible(heads, kv_heads)
+        else:
+            chex.assert_equal(len(self.kv_head_of_query), heads)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -134,7 +135,7 @@ def append(model: LanguageModel, context: Context, rows: Sequence[Sequence[int]]
     if len(rows) != batch:
         raise UsageError(f"{len(rows)} prompts for a context of {batch} rows; give one prompt, or one per row")
     counts = np.array([len(ids) for ids in rows])
-    context.cache.check_room(counts + then)
+    context.cache.check_room([int(n) + then for n in counts])
     engine_prefill.check_context(model, int((np.asarray(context.cache.lengths) + counts).max()) + then)
     if not counts.any():
         return context
@@ -148,6 +149,6 @@ def _method(method: str | CacheMethod) -> CacheMethod:
 
 
 def _encode(model: LanguageModel, prompt: Prompt | Sequence[Prompt], special: bool) -> list[list[int]]:
-    many = not isinstance(prompt, str) and (len(prompt) == 0 or not isinstance(prompt[0], (int, np.integer)))
-    prompts = prompt if many else [prompt]
+    one = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], (int, np.integer)))
+    prompts = cast(Sequence[Prompt], [prompt] if one else prompt)
     return [model.tokenizer.encode(p, special=special) if isinstance(p, str) else [int(t) for t in p] for p in prompts]

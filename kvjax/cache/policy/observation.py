@@ -41,7 +41,9 @@ class Observation(Policy):
         check_word(self, "pool", Pool)
         check_word(self, "reduce", GroupReduce)
         if self.window < 1 or self.kernel < 1 or self.kernel % 2 == 0:
-            raise UsageError(f"Observation needs window >= 1 and an odd kernel >= 1; got {self.window} and {self.kernel}")
+            raise UsageError(
+                f"Observation needs window >= 1 and an odd kernel >= 1; got {self.window} and {self.kernel}"
+            )
 
     @property
     def least_recent(self) -> int:

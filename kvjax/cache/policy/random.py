@@ -18,7 +18,11 @@ def hash_uniform(seed: int, head_index: Array, positions: Array) -> Array:
     int32 [B, 1 or K, S] -> [B, K, S]. The 24 high bits are used, which float32 holds exactly.
     """
     x = positions.astype(jnp.uint32) * jnp.uint32(0x9E3779B9)
-    x = x ^ (head_index.astype(jnp.uint32)[:, None] * jnp.uint32(0x85EBCA6B)) ^ jnp.uint32(seed * 0x27D4EB2F & 0xFFFFFFFF)
+    x = (
+        x
+        ^ (head_index.astype(jnp.uint32)[:, None] * jnp.uint32(0x85EBCA6B))
+        ^ jnp.uint32(seed * 0x27D4EB2F & 0xFFFFFFFF)
+    )
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         x = (x ^ (x >> shift)) * jnp.uint32(factor)
     x = x ^ (x >> 16)
