@@ -45,11 +45,11 @@ class Config:
     batch_tokens: int = 8192
     save_every: int = 50
     layers: int = 3
-    embed_dim: int = 192
+    embed_dim: int = 160
     heads: int = 8
     kv_heads: int = 2
     head_dim: int = 32
-    mlp_dim: int = 512
+    mlp_dim: int = 448
     context: int = 1024
     rope_theta: float = 500_000.0
     planted: bool = True
@@ -137,9 +137,7 @@ def scores(forward: Forward, params: Any, shards: Any, context: int, count: int)
     report: dict[str, Any] = {"context": context}
     with track("scores", len(TASKS) + 1) as advance:
         for name in TASKS:
-            drawn = list(
-                examples(name, shards.vocabulary, shards.heldout, length=context, count=count, seed=2026)
-            )
+            drawn = list(examples(name, shards.vocabulary, shards.heldout, length=context, count=count, seed=2026))
             report[name] = measure.summary(drawn, measure.greedy(forward, params, drawn))
             advance(1, name)
         report["bits_per_byte"] = measure.bits_per_byte(

@@ -57,7 +57,7 @@ def _lines(label: str, total: int) -> Iterator[Advance]:
         nonlocal done, last
         done += steps
         now = time.monotonic()
-        if done >= total or now - last >= LINE_EVERY_SECONDS:
+        if (steps and done >= total) or now - last >= LINE_EVERY_SECONDS:
             last = now
             print(f"{label} {done}/{total} {now - start:.0f} s {note}".rstrip(), file=sys.stderr, flush=True)
 

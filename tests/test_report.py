@@ -113,19 +113,23 @@ def _points(values: list[tuple[int, float]]) -> list[Point]:
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0])), min_size=1, max_size=9))
 def test_the_frontier_is_what_nothing_beats(values):
+    """Sizes here are equal or differ by far more than counts as equally large."""
     candidates = _points(values)
 
     def cost(point: Point) -> tuple[float, float]:
         return point.row.cache_bytes, -point.score.mean
 
-    unbeaten = {
-        cost(p)
-        for p in candidates
-        if not any(cost(q) != cost(p) and np.all(np.less_equal(cost(q), cost(p))) for q in candidates)
-    }
+    def beaten(point: Point) -> bool:
+        return any(cost(q) != cost(point) and np.all(np.less_equal(cost(q), cost(point))) for q in candidates)
+
     found = [cost(point) for point in frontier(candidates)]
-    assert set(found) == unbeaten
-    assert found == sorted(unbeaten)
+    assert found == sorted(cost(point) for point in candidates if not beaten(point))
+
+
+def test_a_worse_method_is_not_on_the_frontier_for_a_hair_less_memory():
+    best, *rest = reversed(frontier(_points([(1000, 0.9), (990, 0.3), (970, 0.2)])))
+    assert (best.row.cache_bytes, best.score.mean) == (1000, 0.9)
+    assert [point.row.cache_bytes for point in rest] == [970]
 
 
 def test_the_finding_compares_equally_large_caches():

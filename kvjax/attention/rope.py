@@ -19,7 +19,6 @@ from kvjax.errors import UsageError
 from kvjax.typing import Array
 from pallas_kernels.rope import Rope
 
-
 Floats = NDArray[np.floating]
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvjax.evaluation.summary import Estimate, Point, Row, points
+from kvjax.evaluation.summary import SAME_MEMORY, Estimate, Point, Row, points
 
 #: Floors and ceilings: every table has them, and beating them is no finding.
 BASELINES = ("full", "random", "streaming_llm")
 
-SAME_MEMORY = 0.02
 MOST_NAMED = 4
 
 

@@ -19,6 +19,9 @@ Record = Mapping[str, Any]
 
 Z95 = 1.959963984540054
 
+#: Caches whose sizes differ by no more than this share count as equally large.
+SAME_MEMORY = 0.02
+
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
@@ -125,14 +128,19 @@ def points(rows: Iterable[Row]) -> list[Point]:
     return [Point(row, row.score) for row in rows if row.score is not None]
 
 
-def frontier(candidates: Iterable[Point]) -> list[Point]:
-    """The Pareto frontier, from the smallest cache up: nothing else scores more in as few bytes."""
-    best, kept = -1.0, []
-    for point in sorted(candidates, key=lambda point: (point.row.cache_bytes, -point.score.mean)):
-        if point.score.mean > best:
-            best = point.score.mean
-            kept.append(point)
-    return kept
+def frontier(candidates: Sequence[Point]) -> list[Point]:
+    """The Pareto frontier, from the smallest cache up: what no other candidate beats.
+
+    One beats another if it scores more in no more bytes, up to `SAME_MEMORY`, or as much in fewer bytes.
+    """
+    unbeaten = [point for point in candidates if not any(_beats(other, point) for other in candidates)]
+    return sorted(unbeaten, key=lambda point: point.row.cache_bytes)
+
+
+def _beats(one: Point, other: Point) -> bool:
+    if one.score.mean > other.score.mean:
+        return one.row.cache_bytes <= (1 + SAME_MEMORY) * other.row.cache_bytes
+    return one.score.mean == other.score.mean and one.row.cache_bytes < other.row.cache_bytes
 
 
 def names(values: Iterable[Iterable[str]]) -> list[str]:

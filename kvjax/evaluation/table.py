@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -15,12 +16,16 @@ from kvjax.evaluation.summary import Estimate, Row, by_context, frontier, names,
 MOST_TASKS = 4
 
 
-def tables(rows: Sequence[Row]) -> list[Table]:
-    """For each context one table with costs and means and the tasks, split where there are more than fit."""
-    made = []
+def tables(rows: Sequence[Row]) -> list[RenderableType]:
+    """For each context a caption and a table with costs, mean and tasks; more tasks than fit get a second table."""
+    made: list[RenderableType] = []
     for context, group in by_context(rows).items():
         tasks = names(row.scores for row in group)
-        made.append(_costs(context, group, tasks if len(tasks) <= MOST_TASKS else []))
+        examples = max(row.examples for row in group)
+        made.append(
+            f"{context} tokens, {examples} examples per method; percent right ± 95 % interval; • Pareto frontier"
+        )
+        made.append(_costs(group, tasks if len(tasks) <= MOST_TASKS else []))
         if len(tasks) > MOST_TASKS:
             made += [_tasks(group, tasks[i : i + 2 * MOST_TASKS]) for i in range(0, len(tasks), 2 * MOST_TASKS)]
     return made
@@ -43,12 +48,9 @@ def number(value: float | None, digits: int = 3) -> str:
     return f"{value:.{digits}g}"
 
 
-def _costs(context: int, rows: Sequence[Row], tasks: Sequence[str]) -> Table:
-    examples = max(row.examples for row in rows)
+def _costs(rows: Sequence[Row], tasks: Sequence[str]) -> Table:
     perplexities = names(row.perplexity for row in rows)
-    table = _empty(
-        f"{context} tokens, {examples} examples per method; percent right ± 95 % interval; • Pareto frontier"
-    )
+    table = _empty()
     headers = ["ppl"] if len(perplexities) == 1 else perplexities
     for header in ("cache", "of full", "mean", *tasks, *headers, "KL", "ms/token"):
         table.add_column(header, justify="right", no_wrap=True)
@@ -71,7 +73,7 @@ def _costs(context: int, rows: Sequence[Row], tasks: Sequence[str]) -> Table:
 
 
 def _tasks(rows: Sequence[Row], tasks: Sequence[str]) -> Table:
-    table = _empty("by task")
+    table = _empty()
     for task in tasks:
         table.add_column(task, justify="right", no_wrap=True)
     for row in rows:
@@ -79,8 +81,8 @@ def _tasks(rows: Sequence[Row], tasks: Sequence[str]) -> Table:
     return table
 
 
-def _empty(title: str) -> Table:
+def _empty() -> Table:
     """A table with its method column: the only one that may fold, so that numbers are never cut."""
-    table = Table(title=title, title_style="none", title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("method", overflow="fold", min_width=12, max_width=30)
     return table

@@ -1,7 +1,7 @@
 """Recall tasks, generated offline from a seed. NumPy only: used for training data and for evaluation.
 
-    vocabulary = Vocabulary.of(tokenizer)
-    for example in examples("kv", vocabulary, text, length=1024, count=200, seed=0): ...
+vocabulary = Vocabulary.of(tokenizer)
+for example in examples("kv", vocabulary, text, length=1024, count=200, seed=0): ...
 """
 
 from __future__ import annotations
@@ -73,4 +73,4 @@ def examples(
         rng = np.random.default_rng([zlib.crc32(name.encode()), seed, index])
         scene = task.scene(rng, vocabulary, text, filler)
         turn = scene.turns[0]
-        yield Example(name, scene.context, turn.question, turn.answer, turn.items, turn.depth)
+        yield Example(name, scene.context, turn.question, turn.answer, turn.items, turn.depth, turn.ordered)

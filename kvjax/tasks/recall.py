@@ -2,8 +2,9 @@
 
 A record is `key value`, the value right behind the key, with a line break in front; records stand at
 uniform random places of a filler text in which no single-token key of the scene occurs. Every question is
-`ask key …`, and every answer follows from the context alone. The task names are those of RULER (Hsieh et
-al., 2024, arXiv 2404.06654) where it has the same task.
+`ask key`, answered by the value. One that wants several records is `ask key … ask`, answered by `key value …`:
+the answer repeats each key before its value. Every answer follows from the context alone. The task names are
+those of RULER (Hsieh et al., 2024, arXiv 2404.06654) where it has the same task.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Retrieval:
       pairs: records in the context.
       key_tokens, value_tokens: words per key and per value. Words of longer keys repeat freely among
         keys; only whole keys differ.
-      asked: keys per question; the answer gives their values in the order asked.
+      asked: keys per question; the answer goes through them in the order asked.
       crossed: two-token keys that are all combinations of a few first and a few second words, so that
         each half of a key is also half of a distractor.
     """
@@ -65,7 +66,9 @@ class Retrieval:
         return self.pairs // self.asked
 
     def turn_size(self, vocabulary: Vocabulary) -> int:
-        return len(vocabulary.ask) + self.asked * (self.key_tokens + self.value_tokens)
+        if self.asked == 1:
+            return len(vocabulary.ask) + self.key_tokens + self.value_tokens
+        return 2 * len(vocabulary.ask) + self.asked * (2 * self.key_tokens + self.value_tokens)
 
     def fixed(self, vocabulary: Vocabulary) -> int:
         record = len(vocabulary.frame) + self.key_tokens + self.value_tokens
@@ -97,13 +100,16 @@ class Retrieval:
         self, vocabulary: Vocabulary, keys: np.ndarray, values: np.ndarray, starts: np.ndarray, pick: np.ndarray
     ) -> Turn:
         question = np.concatenate([vocabulary.ask, keys[pick].reshape(-1)])
-        items = (self.value_tokens,) * self.asked
-        return Turn(question, values[pick].reshape(-1), items, float(starts[pick[0]]))
+        depth = float(starts[pick[0]])
+        if self.asked == 1:
+            return Turn(question, values[pick[0]], (self.value_tokens,), depth)
+        answer = np.concatenate([keys[pick], values[pick]], axis=1)
+        return Turn(np.append(question, vocabulary.ask), answer.reshape(-1), (answer.shape[1],) * self.asked, depth)
 
 
 @dataclasses.dataclass(frozen=True)
 class ManyValues:
-    """`keys` keys with `values` values each, one per record; the answer lists one key's values in order."""
+    """`keys` keys with `values` values each, one per record; the answer lists all of one key's, in any order."""
 
     keys: int = 2
     values: int = 4
@@ -113,7 +119,7 @@ class ManyValues:
         return self.keys
 
     def turn_size(self, vocabulary: Vocabulary) -> int:
-        return len(vocabulary.ask) + 1 + self.values
+        return 2 * len(vocabulary.ask) + 1 + 2 * self.values
 
     def fixed(self, vocabulary: Vocabulary) -> int:
         records = self.keys * self.values * (len(vocabulary.frame) + 2)
@@ -130,8 +136,9 @@ class ManyValues:
 
         def turn(key: int) -> Turn:
             mine = np.flatnonzero(owner == key)
-            question = np.append(vocabulary.ask, keys[key])
-            return Turn(question, values[mine], (1,) * self.values, float(starts[mine[0]]))
+            question = np.concatenate([vocabulary.ask, keys[key : key + 1], vocabulary.ask])
+            answer = np.stack([np.repeat(keys[key], self.values), values[mine]], axis=1).reshape(-1)
+            return Turn(question, answer, (2,) * self.values, float(starts[mine[0]]), ordered=False)
 
         return Scene(context, is_filler, tuple(turn(int(pick[0])) for pick in draw_turns(rng, self.keys, 1, turns)))
 
@@ -216,7 +223,9 @@ def draw_rows(rng: np.random.Generator, words: np.ndarray, count: int, width: in
     Raises UsageError when there are not that many.
     """
     if float(len(words)) ** width < 2 * count and (width > 1 or len(words) < count):
-        raise UsageError(f"{count} different keys or values of {width} words need more than the {len(words)} words here")
+        raise UsageError(
+            f"{count} different keys or values of {width} words need more than the {len(words)} words here"
+        )
     if width == 1:
         return rng.choice(words, (count, 1), replace=False)
     while True:

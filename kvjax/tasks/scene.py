@@ -20,12 +20,14 @@ class Turn:
       answer: int32 [A], what greedy decoding right behind the question must give.
       items: lengths of the answer's parts; they add up to A.
       depth: where the (first) record asked for begins, as a share of the context in [0, 1).
+      ordered: False when the parts may come in any order (then they have one length).
     """
 
     question: np.ndarray
     answer: np.ndarray
     items: tuple[int, ...]
     depth: float
+    ordered: bool = True
 
     def __len__(self) -> int:
         return len(self.question) + len(self.answer)
@@ -56,23 +58,29 @@ class Example:
     answer: np.ndarray
     items: tuple[int, ...]
     depth: float
+    ordered: bool = True
 
 
 def score(example: Example, generated: Sequence[int] | np.ndarray) -> float:
-    """1.0 when the generated tokens begin with the whole answer, else 0.0."""
-    head = np.asarray(generated)[: len(example.answer)]
-    return float(np.array_equal(head, example.answer))
+    """1.0 when the generated tokens begin with the whole answer (its items in any order, if unordered), else 0.0."""
+    return float(recall(example, generated) == 1.0)
 
 
 def recall(example: Example, generated: Sequence[int] | np.ndarray) -> float:
-    """Share of the answer's items that stand, whole and in place, in the generated tokens; in [0, 1]."""
-    generated = np.asarray(generated)
-    ends = np.cumsum(example.items)
-    hits = [
-        np.array_equal(generated[end - size : end], example.answer[end - size : end])
-        for end, size in zip(ends, example.items, strict=True)
-    ]
-    return float(np.mean(hits))
+    """Share of the answer's items that stand, whole and in place, in the generated tokens; in [0, 1].
+
+    Where the order is free, place does not count, and an item that is said twice counts once.
+    """
+    wanted = _cut(example.answer, example.items)
+    said = _cut(generated, example.items)
+    if example.ordered:
+        return float(np.mean([one == two for one, two in zip(wanted, said, strict=True)]))
+    return len(set(wanted) & set(said)) / len(wanted)
+
+
+def _cut(tokens: Sequence[int] | np.ndarray, items: tuple[int, ...]) -> list[tuple[int, ...]]:
+    ends = np.cumsum(items)
+    return [tuple(int(token) for token in tokens[end - size : end]) for end, size in zip(ends, items, strict=True)]
 
 
 def occurrences(sequence: np.ndarray, pattern: np.ndarray) -> np.ndarray:
@@ -106,9 +114,7 @@ def weave(
     return context, is_filler, starts / len(context)
 
 
-def draw_filler(
-    rng: np.random.Generator, text: np.ndarray, length: int, without: np.ndarray
-) -> np.ndarray:
+def draw_filler(rng: np.random.Generator, text: np.ndarray, length: int, without: np.ndarray) -> np.ndarray:
     """A random window of `text`, int32 [length], after the tokens in `without` are left out.
 
     Leaving out the single-token keys of a scene is what makes every question have one answer.
@@ -127,5 +133,6 @@ def draw_filler(
             return window[:length].astype(np.int32)
         if size == len(text):
             raise UsageError(
-                f"the filler text has {len(text)} tokens, of which {len(window)} may be used, and the context needs {length}: give a longer text"
+                f"the filler text has {len(text)} tokens, of which {len(window)} may be used, and the context "
+                f"needs {length}: give a longer text"
             )

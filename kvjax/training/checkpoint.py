@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -29,7 +28,7 @@ def save(folder: Path, step: int, state: PyTree, keep: int = 3) -> Path:
     _write(partial, leaves)
     (partial / "digests.json").write_text(json.dumps({name: _digest(leaf) for name, leaf in leaves.items()}, indent=1))
     shutil.rmtree(final, ignore_errors=True)
-    os.replace(partial, final)
+    partial.replace(final)
     for old in steps(folder)[:-keep]:
         shutil.rmtree(folder / f"step-{old:08d}")
     return final

@@ -3,8 +3,8 @@
 From ordinary initial values a small decoder with rotary embedding stays for millions of tokens on the plateau
 "some value of this context" before it finds induction (Olsson et al., 2022, arXiv 2209.11895): one layer moves
 each token's identity to its successor, the next finds the place whose moved identity is the current token and
-copies what stands there. `planted` starts with both, roughly, and with heads that look two and three tokens
-back (longer keys, several questions at once); everything is trained from there. (Structured initial attention weights: Trockman and Kolter, 2023, arXiv 2305.09828.)
+copies what stands there. `planted` starts with both, roughly; everything is trained
+from there. (Structured initial attention weights: Trockman and Kolter, 2023, arXiv 2305.09828.)
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from kvjax.typing import PyTree
 
 @dataclasses.dataclass(frozen=True)
 class Strength:
-    """How firmly the circuit is planted; the defaults hold for widths around 200 and head_dim 32.
+    """How firmly the circuit is planted; the defaults hold for widths around 160 and head_dim 32.
 
     Attributes:
       embedding: standard deviation of the embeddings. With matrices scaled by their fan-in it must not be
@@ -41,7 +41,7 @@ class Strength:
     offset: float = 0.04
     residual: float = 0.1
     previous: float = 2.5
-    moved: tuple[float, ...] = (0.3, 0.15, 0.15)
+    moved: tuple[float, ...] = (0.3,)
     match: float = 4.0
     copied: float = 0.8
 

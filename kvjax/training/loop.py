@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +17,8 @@ from kvjax.training.data import FAMILIES, KV, Batches, reader
 from kvjax.training.schedule import Gate, Stage
 from kvjax.training.step import Forward, Metrics, make_step, on_device
 from kvjax.typing import PyTree
+
+DEFAULT_GATE = Gate()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Loop:
     folder: Path
     steps: int
     save_every: int = 100
-    gate: Gate = Gate()
+    gate: Gate = DEFAULT_GATE
     seconds: float | None = None
 
 
@@ -76,7 +77,7 @@ def train(
     _truncate(loop.folder / "log.jsonl", progress.step)
     started = time.monotonic()
     stage, source = -1, None
-    with open(loop.folder / "log.jsonl", "a", buffering=1) as log:
+    with (loop.folder / "log.jsonl").open("a", buffering=1) as log:
         while progress.step < loop.steps:
             if stage != progress.stage:
                 if source is not None:
@@ -120,13 +121,11 @@ def _truncate(log: Path, step: int) -> None:
     """Drops the records of steps that will be done again, and a line that was cut off."""
     if not log.exists():
         return
-    kept = []
-    for line in log.read_text().splitlines(keepends=True):
-        if line.endswith("\n") and json.loads(line)["step"] < step:
-            kept.append(line)
+    lines = log.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < step]
     partial = log.with_suffix(".partial")
     partial.write_text("".join(kept))
-    os.replace(partial, log)
+    partial.replace(log)
 
 
 def _accuracy(metrics: Metrics, family: int) -> float:

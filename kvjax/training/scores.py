@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax.tasks import Example, recall
+from kvjax.tasks import Example, recall, score
 from kvjax.training.step import Forward
 from kvjax.typing import Array, PyTree
 
@@ -51,7 +51,7 @@ def _predictor(forward: Forward) -> Callable[[PyTree, Array], Array]:
 
 def summary(examples: list[Example], generated: list[np.ndarray]) -> dict[str, object]:
     """Exact match, mean share of recalled items, the count, and exact match per depth decile (None where empty)."""
-    exact = np.asarray([np.array_equal(g, e.answer) for e, g in zip(examples, generated, strict=True)])
+    exact = np.asarray([score(e, g) == 1.0 for e, g in zip(examples, generated, strict=True)])
     decile = np.asarray([min(int(e.depth * 10), 9) for e in examples])
     return {
         "exact": round(float(exact.mean()), 4),

@@ -19,7 +19,7 @@ from kvjax.evaluation.setting import Setting
 
 METHODS = ("h2o", "snapkv:window=8", "int2")
 TASKS = ("kv", "perplexity-prefill")
-OPTIONS = Options(context=128, seeds=2, examples=3, batch=2, budget="int2")
+OPTIONS = Options(context=128, seeds=2, examples=3, batch=2, budget="int8")
 
 FIELDS = {
     "method",
@@ -97,7 +97,7 @@ def test_bytes_are_what_the_methods_declare(model, records):
     setting = Setting(context=128, room=32, batch=2)
     one_row = Setting(context=128, room=32, batch=1)
     by_name = {r["method"]: r for r in records}
-    wanted = layer_bytes(methods.parse("int2"), one_row.dims(model)[0])
+    wanted = layer_bytes(methods.parse("int8"), one_row.dims(model)[0])
     for name, record in by_name.items():
         assert record["cache_bytes"] == sum(record["layer_bytes"])
         assert len(record["layer_bytes"]) == model.config.num_layers
@@ -121,7 +121,7 @@ def test_a_stopped_run_goes_on_where_it_was(model, records):
 
 
 def test_the_same_seeds_give_the_same_numbers(model, records):
-    options = Options(context=128, seeds=1, examples=3, batch=2, budget="int2")
+    options = Options(context=128, seeds=1, examples=3, batch=2, budget="int8")
     again = list(Plan.make(model, ["snapkv:window=8"], ["perplexity-prefill"], options).run())
     old = {r["method"]: r for r in records if r["task"] == "perplexity-prefill" and r["seed"] == 0}
     for record in again:

@@ -231,7 +231,7 @@ def decode(cached: Forward, kv_heads: int, method: str) -> np.ndarray:
     """Logits [B, 1 + DECODED, V] after the prompt and after each further token, from a cache."""
     dims = [CacheDims(B, kv_heads, N, H, PROMPT + DECODED, PROMPT, "float32", layer=i) for i in range(LAYERS)]
     cache = ModelCache.init(parse(method), dims, jnp.asarray(LENGTHS))
-    run = jax.jit(cached, donate_argnums=1)
+    run = jax.jit(cached, donate_argnums=1, compiler_options={"xla_backend_optimization_level": 0})
     logits, layers = run(TOKENS[:, :PROMPT], cache.layers, np.arange(PROMPT) < LENGTHS[:, None])
     found = [np.asarray(logits)[np.arange(B), LENGTHS - 1]]
     for i in range(DECODED):
@@ -250,8 +250,9 @@ def test_a_foreign_model_decodes_from_the_cache(model: Callable[[], tuple[Forwar
     full = decode(cached, kv_heads, "full")
     np.testing.assert_allclose(full, own, rtol=0, atol=1e-5 * np.abs(own).max())
 
-    small = decode(cached, kv_heads, "h2o:tokens=24+int4")
+    small = decode(cached, kv_heads, "h2o:tokens=32+int4")
     np.testing.assert_allclose(small[0, 0], own[0, 0], rtol=0, atol=1e-5 * np.abs(own).max(), err_msg="exact prefill")
     assert not np.allclose(small[:, 1:], own[:, 1:], atol=1e-4), "it does evict and quantise"
     error = np.linalg.norm(small - own, axis=-1) / np.linalg.norm(own, axis=-1)
-    assert error.max() < 0.2, error
+    assert error[0].max() < 0.2, error  # 8 of 40 tokens are evicted by the end
+    assert error[1].max() < 0.06, error  # fits the budget: what 4 bits cost

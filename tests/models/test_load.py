@@ -1,4 +1,4 @@
-"""Folders in: logits against the slow NumPy decoders, and one clear error for everything that is wrong with a folder."""
+"""Folders in: logits against the slow NumPy decoders, and one clear error for whatever is wrong with a folder."""
 
 from __future__ import annotations
 
@@ -136,7 +136,10 @@ K_PROJ = "model.layers.1.self_attn.k_proj.weight"
             lambda t: t.__setitem__(K_PROJ, t[K_PROJ].T.copy()),
             r"model\.safetensors.*k_proj\.weight' has the shape \[24, 20\].*asks for \[20, 24\]; correct",
         ),
-        (lambda t: t.__setitem__("score.weight", np.ones((2, 24))), r"model\.safetensors.*'score\.weight' \[2, 24\] has no"),
+        (
+            lambda t: t.__setitem__("score.weight", np.ones((2, 24))),
+            r"model\.safetensors.*'score\.weight' \[2, 24\] has no",
+        ),
         (lambda t: t.__setitem__(K_PROJ, t[K_PROJ].astype(np.int8)), r"k_proj\.weight' holds int8 codes.*unquantised"),
     ],
     ids=["missing", "no head", "no embedding", "mis-shaped", "unexpected", "quantised"],

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvjax.errors import CorruptDataError
+from kvjax.models.huggingface import tensor_file
 from kvjax.models.huggingface.tensor_file import DTYPES, TensorFile, write
 
 BITS = np.random.default_rng(0).integers(0, 256, 24, dtype=np.uint8)
@@ -55,10 +56,17 @@ def test_files_are_read_by_the_library(tmp_path: Path) -> None:
         np.testing.assert_array_equal(found[name], expected)
 
 
-def test_large_tensors_are_written_in_pieces(tmp_path: Path) -> None:
-    x = np.arange((1 << 26) + 12_345, dtype=np.uint8)
-    write(tmp_path / "x.safetensors", {"x": (x.dtype, x.shape)}, [x])
-    assert (safetensors.numpy.load_file(tmp_path / "x.safetensors")["x"] == x).all()
+@pytest.mark.parametrize("piece_bytes", [1, 7, 40, 1000])
+def test_pieces_of_any_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece_bytes: int) -> None:
+    monkeypatch.setattr(tensor_file, "PIECE_BYTES", piece_bytes)
+    tensors = {"x": np.arange(7 * 3 * 2, dtype=np.float32).reshape(7, 3, 2), "s": np.array(3.0, np.float32)}
+    tensors["t"] = tensors["x"].T
+    write(tmp_path / "x.safetensors", {name: (x.dtype, x.shape) for name, x in tensors.items()}, tensors.values())
+    theirs, ours = safetensors.numpy.load_file(tmp_path / "x.safetensors"), TensorFile(tmp_path / "x.safetensors")
+    for name, expected in tensors.items():
+        np.testing.assert_array_equal(theirs[name], expected)
+        np.testing.assert_array_equal(ours.read(name), expected)
+    assert all(piece.nbytes <= max(piece_bytes, 24) for _, piece in ours.pieces("x"))
 
 
 @pytest.mark.parametrize("x", [np.ones(3, np.float32), np.ones(4, np.float64)], ids=["shape", "dtype"])

@@ -33,24 +33,38 @@ CONFIG = TransformerConfig(
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, CONFIG.vocab_size, (B, T)), jnp.int32)
 
 
-def make(dtype: Any = jnp.float32, **fields: Any) -> LanguageModel:
+def make(**fields: Any) -> LanguageModel:
+    """Random parameters by shape: `init` would compile a forward pass of its own for every config."""
     config = dataclasses.replace(CONFIG, **fields)
-    return LanguageModel(config, Transformer(config, dtype).init(jax.random.key(0), TOKENS[:1, :2])["params"])
+    rng = np.random.default_rng(0)
+
+    def draw(path: Any, struct: jax.ShapeDtypeStruct) -> jax.Array:
+        x = rng.standard_normal(struct.shape, np.float32)
+        x = 1 + 0.1 * x if "norm" in str(path) else x if "embedding" in str(path) else 0.2 * x
+        return jnp.asarray(x, struct.dtype)
+
+    shapes = jax.eval_shape(Transformer(config).init, jax.random.key(0), TOKENS[:1, :1])["params"]
+    return LanguageModel(config, jax.tree_util.tree_map_with_path(draw, shapes))
 
 
 run = jax.jit(LanguageModel.apply)
 
 
-def test_parameters_have_the_documented_tree_and_dtype() -> None:
-    model = make(jnp.bfloat16, qkv_bias=True, qk_norm=True, sandwich_norm=True, norm_offset=1.0)
+def test_init_makes_the_documented_tree() -> None:
+    fields = {"qkv_bias": True, "qk_norm": True, "sandwich_norm": True, "norm_offset": 1.0}
+    config = dataclasses.replace(CONFIG, **fields)
+    params = jax.jit(Transformer(config, jnp.bfloat16).init)(jax.random.key(0), TOKENS[:1, :2])["params"]
+    model = LanguageModel(config, params)
     shapes = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves(model)}
     assert shapes["embed/embedding"] == (30, 24) and shapes["head/kernel"] == (24, 30)
     assert shapes["layers_1/attention/q/kernel"] == (24, 4, 8) and shapes["layers_1/attention/o/kernel"] == (4, 8, 24)
     assert shapes["layers_0/attention/k/bias"] == (2, 8) and shapes["layers_0/attention/q_norm/scale"] == (8,)
     assert shapes["layers_0/mlp/down/kernel"] == (32, 24) and shapes["layers_0/mlp_output_norm/scale"] == (24,)
     assert {leaf.dtype for _, leaf in leaves(model)} == {jnp.dtype(jnp.bfloat16)}
-    assert (model.params["final_norm"]["scale"] == 0).all(), "with an offset of one, a new norm multiplies by one"
     assert model.num_params == sum(np.prod(shape) for shape in shapes.values())
+    assert (params["final_norm"]["scale"] == 0).all(), "with an offset of one, a new norm multiplies by one"
+    spread = float(params["layers_0"]["mlp"]["down"]["kernel"].astype(jnp.float32).std())
+    assert abs(spread * np.sqrt(32) - 1) < 0.2, "a projection keeps the variance of its input"
 
 
 def leaves(model: LanguageModel) -> list[Any]:
@@ -63,7 +77,7 @@ def test_tied_embeddings_have_no_head_and_use_the_table() -> None:
     untied = make()
     head = {"head": {"kernel": model.params["embed"]["embedding"].T}}
     same = dataclasses.replace(untied, params=model.params | head)
-    np.testing.assert_allclose(run(model, TOKENS)[0], run(same, TOKENS)[0], atol=1e-6)
+    np.testing.assert_allclose(run(model, TOKENS)[0], run(same, TOKENS)[0], atol=1e-5)
 
 
 def test_logits_at_selects_one_index_per_row() -> None:
@@ -72,7 +86,7 @@ def test_logits_at_selects_one_index_per_row() -> None:
     selected, _ = run(model, TOKENS, logits_at=at)
     everything, _ = run(model, TOKENS)
     assert selected.shape == (B, 1, 30)
-    np.testing.assert_allclose(selected[:, 0], everything[jnp.arange(B), at], atol=1e-6)
+    np.testing.assert_allclose(selected[:, 0], everything[jnp.arange(B), at], atol=1e-5)
 
 
 def test_the_future_and_padding_change_nothing() -> None:
@@ -96,7 +110,7 @@ def test_without_rope_and_window_the_order_of_earlier_tokens_is_lost() -> None:
     model = make(rope=None, windows=(), num_layers=1)
     swapped = TOKENS.at[:, jnp.array([0, 1])].set(TOKENS[:, jnp.array([1, 0])])
     assert (swapped != TOKENS).any()
-    np.testing.assert_allclose(run(model, TOKENS)[0][:, -1], run(model, swapped)[0][:, -1], atol=1e-6)
+    np.testing.assert_allclose(run(model, TOKENS)[0][:, -1], run(model, swapped)[0][:, -1], atol=1e-5)
     turned = make(windows=(), num_layers=1)
     assert abs(run(turned, TOKENS)[0][:, -1] - run(turned, swapped)[0][:, -1]).max() > 1e-3
 
@@ -163,9 +177,7 @@ def test_gradients_reach_every_parameter() -> None:
         return -jnp.take_along_axis(jax.nn.log_softmax(logits), TOKENS[:, 1:, None], axis=-1).mean()
 
     for path, leaf in leaves(gradient(model)):
-        finite = bool(jnp.isfinite(leaf).all())
-        # A bias on keys shifts all logits of a query alike before rotation only; it still has a gradient.
-        assert finite and bool((leaf != 0).any()), path
+        assert jnp.isfinite(leaf).all() and (leaf != 0).any(), path
 
 
 def test_one_compile_serves_models_of_one_config() -> None:
@@ -214,4 +226,4 @@ def test_unequal_groups_run() -> None:
             attention[name] = {"kernel": kernel[:, jnp.array([0, 0, 0, 1])]}
         params = params | {layer: params[layer] | {"attention": attention}}
     spread = LanguageModel(dataclasses.replace(CONFIG, num_kv_heads=4), params)
-    np.testing.assert_allclose(run(uneven, TOKENS)[0], run(spread, TOKENS)[0], atol=1e-6)
+    np.testing.assert_allclose(run(uneven, TOKENS)[0], run(spread, TOKENS)[0], atol=1e-5)

@@ -146,7 +146,7 @@ def llama_logits(json: Json, tensors: Tensors, tokens: np.ndarray) -> np.ndarray
 
 
 def gemma_logits(json: Json, tensors: Tensors, tokens: np.ndarray) -> np.ndarray:
-    """tokens [T] to logits [T, V]: four norms per layer that multiply by 1 + weight, q/k norm, local and global layers."""
+    """tokens [T] to logits [T, V]: four norms per layer, scaled by 1 + weight; q/k norm; local and global layers."""
     eps, head = json["rms_norm_eps"], json["head_dim"]
     positions = np.arange(len(tokens))
 

@@ -259,7 +259,7 @@ def test_tensorstore_checks_each_chunk_as_well(saved: Path) -> None:
     flip(file, 8 * 100)
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     forge(saved, lambda document: entry(document)["files"].update({"c/0/0/0/0": digest}))
-    refused(saved, LEAF, "CRC32C")
+    refused(saved, LEAF, "Digest mismatch")
 
 
 def test_a_description_that_is_too_large_or_too_deep(saved: Path) -> None:

@@ -53,7 +53,8 @@ def changed(**fields: object) -> dict:
         (changed(every=[1]), "CacheMethod.every must be"),
         (changed(budget=7), "CacheMethod.budget must be Budget"),
         (changed(sinks=-1), "negative"),
-        (changed(keys={"part": "Integer", "bits": 3}), "Integer.bits must be"),
+        (changed(keys={"part": "Integer", "bits": "4"}), "Integer.bits must be"),
+        (changed(keys={"part": "Integer", "axis": "row"}), "Integer.axis must be"),
         (changed(budget={"part": "Uniform", "tokens_kept": 1, "share": 0.5}), "exactly one"),
     ],
 )

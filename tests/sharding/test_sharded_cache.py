@@ -28,6 +28,7 @@ from kvjax.sharding import (
     unshard_cache,
 )
 from tests.save.driver import (
+    FAST_COMPILE,
     LENGTHS,
     SPECS,
     assert_same_bits,
@@ -47,7 +48,7 @@ TOLERANCE = 1e-5
 
 def compiled(function, *args):
     """Compiled with the cache donated."""
-    return jax.jit(function, donate_argnums=0).lower(*args).compile()
+    return jax.jit(function, donate_argnums=0).lower(*args).compile(FAST_COMPILE)
 
 
 def local_bytes(tree) -> int:
@@ -124,7 +125,7 @@ def test_what_the_mesh_does_not_divide_is_replicated_and_still_right(data: int, 
     later = place_step(decode_steps(), mesh, stacked=True)
     prefill = compiled(lambda cache, step: cache.step(step), cache, place_step(prompt_step(), mesh))
     _, cache = prefill(cache, place_step(prompt_step(), mesh))
-    outputs, _ = jax.jit(run_steps)(cache, later)
+    outputs, _ = jax.jit(run_steps, compiler_options=FAST_COMPILE)(cache, later)
     assert collectives(prefill) == {}
     np.testing.assert_allclose(outputs, decoded("h2o:tokens=24")[0], rtol=0, atol=TOLERANCE)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -31,18 +33,19 @@ def places(context: list[int], pattern: list[int]) -> list[int]:
 
 
 def solve_retrieval(example: Example, task: Retrieval) -> list[int]:
-    context, asked = example.context.tolist(), example.question.tolist()[1:]
+    context, asked = example.context.tolist(), [i for i in example.question.tolist() if i != ASK]
     answer = []
     for i in range(0, len(asked), task.key_tokens):
-        (place,) = places(context, asked[i : i + task.key_tokens])
+        key = asked[i : i + task.key_tokens]
+        (place,) = places(context, key)
         behind = place + task.key_tokens
-        answer += context[behind : behind + task.value_tokens]
+        answer += key * (task.asked > 1) + context[behind : behind + task.value_tokens]
     return answer
 
 
 def solve_many_values(example: Example, task: ManyValues) -> list[int]:
     context = example.context.tolist()
-    return [context[i + 1] for i in places(context, [int(example.question[1])])]
+    return [token for i in places(context, [int(example.question[1])]) for token in context[i : i + 2]]
 
 
 def solve_chains(example: Example, task: Chains) -> list[int]:
@@ -91,13 +94,13 @@ def test_an_example_depends_on_task_seed_and_index_alone(name):
     assert len({example.context.tobytes() for example in many}) == 6
 
 
-@pytest.mark.parametrize("name", ["needle", "kv", "kv3", "copy"])
+@pytest.mark.parametrize("name", ["needle", "kv", "copy"])
 def test_places_are_uniform(name):
-    depths = np.asarray([example.depth for example in drawn(name, 2000, length=200)])
+    depths = np.asarray([example.depth for example in drawn(name, 1500, length=200)])
     # A chi-square over deciles, 9 degrees of freedom: 27.9 is passed by chance once in a thousand. Depths of
     # long records cannot reach 1, so they are stretched to what they can reach.
     counts = np.histogram(depths / depths.max(), np.linspace(0, 1, 11))[0]
-    assert np.sum((counts - 200.0) ** 2 / 200.0) < 27.9
+    assert np.sum((counts - 150.0) ** 2 / 150.0) < 27.9
 
 
 def test_every_turn_of_a_scene_is_answered_by_its_context():
@@ -136,6 +139,10 @@ def test_score_and_recall():
     assert score(example, [1, 9, 3, 4]) == 0.0 and recall(example, [1, 9, 3, 4]) == 0.5
     assert score(example, [1, 2]) == 0.0 and recall(example, [1, 2]) == 0.5
     assert score(example, []) == 0.0 and recall(example, []) == 0.0
+    free = dataclasses.replace(example, ordered=False)
+    assert score(free, [3, 4, 1, 2, 99]) == recall(free, [3, 4, 1, 2]) == 1.0
+    assert recall(free, [3, 4, 3, 4]) == recall(free, [3, 4]) == 0.5
+    assert score(free, [2, 3, 4, 1]) == recall(free, [2, 3, 4, 1]) == 0.0
 
 
 def test_errors_say_what_to_do():

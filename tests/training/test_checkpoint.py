@@ -26,7 +26,12 @@ def backend(request, monkeypatch):
 
 def state(value: float = 0.0):
     params = {"a": jnp.linspace(0, 1, 7) + value, "b": {"c": jnp.arange(6, dtype=jnp.int32).reshape(2, 3)}}
-    return {"params": params, "recent": np.asarray([0.5, np.nan]), "stage": np.asarray(2, np.int32), "opt": (jnp.ones(()),)}
+    return {
+        "params": params,
+        "recent": np.asarray([0.5, np.nan]),
+        "stage": np.asarray(2, np.int32),
+        "opt": (jnp.ones(()),),
+    }
 
 
 def test_round_trip_keeps_the_newest(tmp_path, backend):

@@ -20,8 +20,8 @@ from kvjax.tasks import Vocabulary
 from kvjax.training.shards import Shards
 
 STEPS = 40
-OPTIONS = f"""--steps {STEPS} --save-every 6 --batch-tokens 128 --layers 2 --embed-dim 40 --heads 3 --kv-heads 1 --head-dim 8
---mlp-dim 16 --context 64 --decay-from 20 --eval-count 0 --seed 4""".split()
+OPTIONS = f"""--steps {STEPS} --save-every 6 --batch-tokens 128 --layers 2 --embed-dim 24 --heads 2 --kv-heads 1
+--head-dim 8 --mlp-dim 16 --context 64 --decay-from 20 --eval-count 0 --seed 4""".split()
 
 
 @pytest.fixture(scope="module")
@@ -73,4 +73,3 @@ def test_kill_and_resume_changes_nothing(tmp_path, corpus):
     assert [step for step, _, _ in expected] == list(range(STEPS))
     assert losses(tmp_path / "killed") == expected
     assert expected[-1][1] < expected[0][1]
-

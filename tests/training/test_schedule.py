@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -18,7 +19,7 @@ def test_learning_rate():
 
 
 def test_stages_only_get_harder():
-    for one, two in zip(CURRICULUM, CURRICULUM[1:], strict=False):
+    for one, two in itertools.pairwise(CURRICULUM):
         assert two.length >= one.length and two.pairs >= one.pairs and two.repeat <= one.repeat
         assert two.repeat + two.text <= 1
 

@@ -13,8 +13,14 @@ from kvjax.models.huggingface import rope as rope_json
 from kvjax.models.huggingface.families import ACTIVATIONS, FAMILIES, HARMLESS, NEUTRAL, SAME, Family, Json
 
 _SLIDING, _FULL = "sliding_attention", "full_attention"
-_NUMBERS = frozenset({"rms_norm_eps", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"})
-_FLAGS = frozenset({"tie_word_embeddings", "mlp_bias", "attention_bias", "use_sliding_window"})
+_TYPES: Mapping[str, tuple[type, ...]] = (
+    dict.fromkeys((*SAME, "sliding_window", "max_window_layers", "sliding_window_pattern"), (int,))
+    | dict.fromkeys(("rms_norm_eps", "attn_logit_softcapping", "final_logit_softcapping"), (int, float))
+    | dict.fromkeys(("query_pre_attn_scalar", "rope_theta", "rope_local_base_freq"), (int, float))
+    | dict.fromkeys(("tie_word_embeddings", "mlp_bias", "attention_bias", "use_sliding_window"), (bool,))
+    | dict.fromkeys(("hidden_act", "hidden_activation"), (str,))
+    | {"layer_types": (list,), "rope_scaling": (dict,), "rope_parameters": (dict,)}
+)
 # Where null says "none" and does not stand for the default, which is a number.
 _NULLABLE = frozenset({"sliding_window", "attn_logit_softcapping", "final_logit_softcapping"})
 _TEXT_OF = {"gemma3": "gemma3_text"}  # multimodal model_type -> the model_type of its text_config
@@ -22,7 +28,7 @@ _TEXT_OF = {"gemma3": "gemma3_text"}  # multimodal model_type -> the model_type 
 
 def text_fields(json: Json) -> dict[str, Any]:
     """The fields of the text model: `json` itself, or the `text_config` of a multimodal one."""
-    inner = _TEXT_OF.get(json.get("model_type", ""))
+    inner = _TEXT_OF.get(str(json.get("model_type")))
     if inner is None:
         return dict(json)
     shared = {key: json[key] for key in ("tie_word_embeddings", "quantization_config") if json.get(key) is not None}
@@ -63,7 +69,7 @@ def read_config(json: Json, *, assume_harmless: Collection[str] = ()) -> Transfo
 
 
 def _family(fields: Json) -> Family:
-    model_type = fields.get("model_type", "")
+    model_type = str(fields.get("model_type") or "")
     if model_type not in FAMILIES:
         known = [*FAMILIES, *_TEXT_OF]
         raise UsageError(f"config.json: model_type {model_type!r} is not implemented. {nearest(model_type, known)}")
@@ -90,11 +96,12 @@ def _refuse_others(family: Family, fields: Json, assume_harmless: Collection[str
 
 
 def _check_types(fields: Json) -> None:
-    """Refuses a number where a size is expected, and so on: a wrong type here would fail far from its cause."""
-    for name in SAME.keys() & fields.keys() | _NUMBERS & fields.keys() | _FLAGS & fields.keys():
-        value = fields[name]
-        kind = bool if name in _FLAGS else (int, float) if name in _NUMBERS else int
-        if value is not None and (not isinstance(value, kind) or (name not in _FLAGS and isinstance(value, bool))):
+    """Refuses text where a number is expected, and so on: a wrong type would fail far from its cause."""
+    for name, value in fields.items():
+        kind = _TYPES.get(name)
+        if kind is None or value is None:
+            continue
+        if not isinstance(value, kind) or (isinstance(value, bool) and bool not in kind):
             raise UsageError(f"config.json: the field {name!r} has the value {value!r} of type {type(value).__name__}.")
 
 

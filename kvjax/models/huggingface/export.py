@@ -91,7 +91,7 @@ def _write_weights(folder: Path, wanted: Sequence[Weight], params: Params, max_s
 
 def _tensors(shard: Sequence[Weight], params: Params) -> Iterator[np.ndarray[Any, Any]]:
     for weight in shard:
-        yield weight.to_stored(np.asarray(jax.device_get(params[weight.path])))
+        yield weight.as_stored(np.asarray(jax.device_get(params[weight.path])))
 
 
 def _shards(wanted: Sequence[Weight], params: Params, max_shard_bytes: int) -> Iterator[Sequence[Weight]]:

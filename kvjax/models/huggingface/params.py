@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
 import flax.traverse_util
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from kvjax.errors import CorruptDataError, UsageError, nearest
@@ -30,7 +31,7 @@ _UNREAD = re.compile(r"(.*\.rotary_emb\.inv_freq|(model\.)?(vision_tower|multi_m
 def read_params(config: TransformerConfig, checkpoint: Checkpoint, dtype: np.dtype[Any]) -> PyTree:
     """The parameter tree of `Transformer(config)`, one tensor at a time.
 
-    Host memory grows by the parameters and at most two copies of the largest tensor.
+    Beside the parameters, host memory holds one piece of one tensor (and a second copy of one, on an accelerator).
 
     Raises:
       CorruptDataError: a missing, unexpected, mis-shaped or quantised tensor.
@@ -106,11 +107,22 @@ def _check_tied(head: str, embedding: str, checkpoint: Checkpoint) -> None:
 
 
 def _read(weight: Weight, name: str, checkpoint: Checkpoint, dtype: np.dtype[Any]) -> Array:
-    """One parameter: read, laid out and cast in one copy on the host, then put on the device."""
-    stored = checkpoint.files[name].read(name)
-    with np.errstate(over="ignore"):  # an overflow is an error with a name, just below
-        value = np.ascontiguousarray(weight.from_stored(stored), dtype)
-    if dtype == np.float16 and not np.isfinite(value).all() and np.isfinite(stored).all():
-        raise UsageError(f"{name!r} holds values beyond float16's 65504; load with dtype=bfloat16 or float32.")
-    del stored
-    return jnp.asarray(value)
+    """One parameter, read and laid out piece by piece in the memory that the device array then takes over."""
+    value = _aligned(weight.shape, dtype)
+    stored = weight.as_stored(value)
+    for start, piece in checkpoint.files[name].pieces(name):
+        target = stored[start : start + len(piece)]
+        with np.errstate(over="ignore"):  # an overflow is an error with a name, just below
+            target[...] = piece
+        if dtype == np.float16 and not np.isfinite(target).all() and np.isfinite(piece).all():
+            raise UsageError(f"{name!r} holds values beyond float16's 65504; load with dtype=bfloat16 or float32.")
+    # Waiting keeps at most one tensor on its way: transfers are asynchronous and hold their source until they end.
+    return jax.block_until_ready(jax.device_put(value))
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
+    """Uninitialised memory at a multiple of 64 bytes, which a CPU device uses as it is instead of copying it."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    memory = np.empty(nbytes + 63, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + nbytes].view(dtype).reshape(shape)

@@ -118,6 +118,9 @@ def parse(json: Json, *, default_theta: float, max_positions: int, where: str) -
         raise UsageError(
             f"{where}: rope_type {name!r} has no {', '.join(sorted(surplus))}; remove it or fix rope_type."
         )
+    for key, value in json.items():
+        if key not in ("rope_type", "type") and value is not None and not isinstance(value, int | float):
+            raise UsageError(f"{where}: the key {key!r} has the value {value!r} of type {type(value).__name__}.")
     try:
         scaling = kind.read(json, max_positions)
     except KeyError as error:

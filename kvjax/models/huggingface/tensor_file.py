@@ -21,6 +21,8 @@ import numpy as np
 
 from kvjax.errors import CorruptDataError
 
+Numpy = np.ndarray[Any, Any]
+
 DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
     {
         "F64": np.dtype(np.float64),
@@ -41,6 +43,7 @@ DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
     }
 )
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
+PIECE_BYTES = 1 << 24  # read or written at once
 _MAX_HEADER = 100_000_000  # the limit of the reference implementation
 
 
@@ -110,15 +113,32 @@ class TensorFile:
         if end != size:
             raise self._corrupt(f"its tensors end at byte {end}, but the file has {size}")
 
-    def read(self, name: str) -> np.ndarray[Any, Any]:
+    def read(self, name: str) -> Numpy:
         """The tensor in its own dtype and shape, in fresh memory."""
         entry = self.entries[name]
-        data = np.empty(entry.nbytes, np.uint8)
+        tensor = np.empty(entry.shape or (1,), entry.dtype)
+        for start, piece in self.pieces(name):
+            tensor[start : start + len(piece)] = piece
+        return tensor.reshape(entry.shape)
+
+    def pieces(self, name: str) -> Iterator[tuple[int, Numpy]]:
+        """The tensor in slices of its first axis, each with its first index; a scalar is one slice of length 1.
+
+        Only one slice lives at a time, in the same memory: use it before taking the next.
+        """
+        entry = self.entries[name]
+        rows, *rest = entry.shape or (1,)
+        row_bytes = math.prod(rest) * entry.dtype.itemsize
+        count = _rows_at_once(row_bytes)
+        memory = np.empty(min(count, rows) * row_bytes, np.uint8)
         with self.path.open("rb") as file:
             file.seek(entry.start)
-            if file.readinto(data.data) != entry.nbytes:
-                raise self._corrupt(f"tensor {name!r} ends before its {entry.nbytes} bytes")
-        return data.view(entry.dtype).reshape(entry.shape)
+            for start in range(0, rows, count):
+                length = min(count, rows - start)
+                part = memory[: length * row_bytes]
+                if file.readinto(part.data) != part.nbytes:
+                    raise self._corrupt(f"tensor {name!r} ends before its {entry.nbytes} bytes")
+                yield start, part.view(entry.dtype).reshape(length, *rest)
 
     def _corrupt(self, why: str) -> CorruptDataError:
         return CorruptDataError(
@@ -129,7 +149,7 @@ class TensorFile:
 def write(
     path: Path,
     headers: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]],
-    tensors: Iterable[np.ndarray[Any, Any]],
+    tensors: Iterable[Numpy],
 ) -> None:
     """Writes a safetensors file through a temporary one, so that `path` is never half a file.
 
@@ -146,8 +166,8 @@ def write(
             for (name, (dtype, shape)), tensor in zip(headers.items(), tensors, strict=True):
                 if tensor.dtype != dtype or tensor.shape != shape:
                     raise ValueError(f"{name}: {tensor.dtype} {tensor.shape} where {dtype} {shape} was announced")
-                for chunk in _chunks(tensor):
-                    file.write(chunk)
+                for piece in _pieces(tensor):
+                    file.write(piece)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -166,8 +186,13 @@ def _encode_header(headers: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]])
     return encoded + b" " * (-len(encoded) % 8)
 
 
-def _chunks(tensor: np.ndarray[Any, Any], size: int = 1 << 26) -> Iterator[memoryview]:
-    """The bytes of a tensor in pieces of at most `size`."""
-    data = np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data
-    for start in range(0, len(data), size):
-        yield data[start : start + size]
+def _pieces(tensor: Numpy) -> Iterator[memoryview]:
+    """The bytes of a tensor of any strides, a few rows at a time."""
+    rows = tensor.reshape(1) if tensor.ndim == 0 else tensor
+    count = _rows_at_once(rows[:1].nbytes)
+    for start in range(0, len(rows), count):
+        yield np.ascontiguousarray(rows[start : start + count]).reshape(-1).view(np.uint8).data
+
+
+def _rows_at_once(row_bytes: int) -> int:
+    return max(1, PIECE_BYTES // max(row_bytes, 1))

@@ -77,20 +77,11 @@ class Weight:
             return (math.prod(self.shape),) if self.path[-1] == "bias" else self.shape
         return math.prod(self.shape[self.inputs :]), math.prod(self.shape[: self.inputs])
 
-    def from_stored(self, x: Numpy) -> Numpy:
-        """A view of the stored tensor in the shape of the parameter: both sides split into axes, inputs first."""
+    def as_stored(self, value: Numpy) -> Numpy:
+        """A view of the parameter [*inputs, *outputs] in the checkpoint's layout [outputs, inputs]."""
         if self.inputs is None:
-            return x.reshape(self.shape)
-        inputs, outputs = self.shape[: self.inputs], self.shape[self.inputs :]
-        split = x.reshape(*outputs, *inputs)
-        return split.transpose(*range(len(outputs), split.ndim), *range(len(outputs)))
-
-    def to_stored(self, x: Numpy) -> Numpy:
-        """The inverse of `from_stored`; a view where NumPy can give one."""
-        if self.inputs is None:
-            return x.reshape(self.stored_shape)
-        outputs_first = x.transpose(*range(self.inputs, x.ndim), *range(self.inputs))
-        return outputs_first.reshape(self.stored_shape)
+            return value.reshape(self.stored_shape)
+        return value.reshape(self.stored_shape[::-1]).T
 
 
 def flatten(tree: PyTree) -> dict[Path, Any]:
