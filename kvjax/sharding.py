@@ -225,6 +225,10 @@ class Sharded:
         return self.cache.dims
 
     @property
+    def phase(self) -> Any:
+        return self.cache.phase
+
+    @property
     def segments(self) -> tuple[Any, ...]:
         return self.cache.segments
 

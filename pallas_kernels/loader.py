@@ -16,7 +16,6 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.lanes import over_lanes
 from pallas_kernels.packing import unpack_planes
 from pallas_kernels.rope import Rope
 
@@ -62,20 +61,22 @@ class Loader(abc.ABC):
         """f32 [..., R, S]: inner products of `queries` f32 [..., R, H] with the slots."""
         return _dot(queries, self.decode())
 
-    def mix(self, weights: jax.Array, valid: jax.Array) -> jax.Array:
+    def mix(self, weights: jax.Array, valid: jax.Array | None) -> jax.Array:
         """f32 [..., R, H]: the slots summed with `weights` f32 [..., R, S].
 
-        Weights are 0 where `valid` bool [..., S] is False; what such a slot holds, NaN included, adds nothing.
+        Weights are 0 where `valid` bool [..., S] is False; what such a slot holds, NaN included, adds nothing. With
+        None all slots are taken to be finite.
         """
-        return _mix(weights, jnp.where(valid[..., None], self.decode(), 0.0))
+        values = self.decode()
+        return _mix(weights, values if valid is None else jnp.where(valid[..., None], values, 0.0))
 
 
 def _dot(queries: jax.Array, keys: jax.Array) -> jax.Array:
-    return jnp.einsum("...rh,...sh->...rs", queries, keys)
+    return jnp.einsum("...rh,...sh->...rs", queries, keys, preferred_element_type=jnp.float32)
 
 
 def _mix(weights: jax.Array, values: jax.Array) -> jax.Array:
-    return jnp.einsum("...rs,...sh->...rh", weights, values)
+    return jnp.einsum("...rs,...sh->...rh", weights, values, preferred_element_type=jnp.float32)
 
 
 @jax.tree_util.register_dataclass
@@ -109,21 +110,36 @@ class DenseLoader(Loader):
 
     @property
     def reads_in_place(self) -> bool:
-        return self.x.dtype == jnp.float32
+        return self.x.dtype in (jnp.float32, jnp.bfloat16)
 
-    def mix(self, weights: jax.Array, valid: jax.Array) -> jax.Array:
-        if not self.reads_in_place:
-            return super().mix(weights, valid)
+    def dot(self, queries: jax.Array) -> jax.Array:
+        return self._exact(_dot, queries)
 
-        # Zeroing the invalid slots copies all values, which costs more than the product itself. It is needed only
-        # when one of them holds a NaN or an infinity, and then the product shows it.
-        def masked(weights: jax.Array, values: jax.Array, valid: jax.Array) -> jax.Array:
-            return _mix(weights, jnp.where(valid[..., None], values, 0.0))
+    def mix(self, weights: jax.Array, valid: jax.Array | None) -> jax.Array:
+        return self._exact(_mix, weights) if valid is None else super().mix(weights, valid)
 
-        plain = _mix(weights, self.x)
-        return jax.lax.cond(
-            jnp.all(jnp.isfinite(plain)), lambda: plain, lambda: over_lanes(masked, (weights, self.x, valid), 1)
-        )
+    def _exact(self, product: Callable[[jax.Array, jax.Array], jax.Array], left: jax.Array) -> jax.Array:
+        """`product(left, x)` in float32 precision without a float32 copy of `x`.
+
+        A float32 is the sum of three bfloat16 numbers, whose products with a bfloat16 are exact in float32; so the
+        small operand is split, and the large one is read as it lies.
+        """
+        if self.x.dtype != jnp.bfloat16:
+            return product(left, self.decode())
+        rows = left.shape[-2]
+        out = product(jnp.concatenate(_bfloat16_terms(left), axis=-2), self.x)
+        return sum((out[..., i * rows : (i + 1) * rows, :] for i in (1, 2)), start=out[..., :rows, :])
+
+
+def _bfloat16_terms(x: jax.Array) -> list[jax.Array]:
+    """Three bfloat16 arrays whose sum is `x` (float32)."""
+    terms = []
+    for _ in range(3):
+        # Not a cast to and fro, which compilers may remove as excess precision.
+        term = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+        terms.append(term.astype(jnp.bfloat16))
+        x = x - term
+    return terms
 
 
 @jax.tree_util.register_dataclass
@@ -167,10 +183,10 @@ class IntegerLoader(Loader):
         parts = jnp.split(queries, len(planes), axis=-1)
         return sum((_dot(q, plane) for q, plane in zip(parts[1:], planes[1:])), start=_dot(parts[0], planes[0]))
 
-    def mix(self, weights: jax.Array, valid: jax.Array) -> jax.Array:
+    def mix(self, weights: jax.Array, valid: jax.Array | None) -> jax.Array:
         # A code is always finite, so only scales and zeros of invalid slots have to be silenced.
-        seen = valid.reshape(*valid.shape[:-1], -1, self.block)
-        if self.scale.shape[-2] == 1:
+        seen = None if valid is None else valid.reshape(*valid.shape[:-1], -1, self.block)
+        if seen is not None and self.scale.shape[-2] == 1:
             seen = jnp.any(seen, axis=-1, keepdims=True)
         return jnp.concatenate([_mix(weights, plane) for plane in self._planes(seen)], axis=-1)
 

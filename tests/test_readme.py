@@ -24,6 +24,7 @@ def blocks(section: str, language: str = "") -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
+@pytest.mark.slow
 def test_the_library_examples_run(capsys):
     names: dict = {}
     for block in blocks("From Python", "python"):

@@ -106,9 +106,13 @@ class Plan:
         """
         units = self._units(done)
         costs: dict[Setting, dict[str, Record]] = {setting: {} for setting in self.fitted}
+        warmed: set[tuple[Setting, bool]] = set()
         total = sum(-(-self.options.examples // unit.setting.batch) * len(unit.methods) for unit in units)
         with (track or _silent)("compare", total) as advance:
             for unit in units:
+                if (kind := (unit.setting, WORKLOADS[unit.task].streamed)) not in warmed:
+                    self._warm(unit, advance)
+                    warmed.add(kind)
                 known = costs[unit.setting]
                 known |= self._profile(unit.setting, [n for n in unit.methods if n not in known], advance)
                 for record in self._measure(unit, advance):
@@ -125,19 +129,30 @@ class Plan:
                     units += [Unit(setting, task, seed, left)] if left else []
         return units
 
+    def _able(self, unit: Unit) -> dict[str, CacheMethod]:
+        """The methods of a unit that can run its workload."""
+        methods = {name: self.fitted[unit.setting][name] for name in unit.methods}
+        return {n: m for n, m in methods.items() if can_stream(m)} if WORKLOADS[unit.task].streamed else methods
+
+    def _warm(self, unit: Unit, advance: Advance) -> None:
+        """Compiles what a unit's methods need; units of the same shapes share it."""
+        advance(0, note="compiling")
+        items = WORKLOADS[unit.task].items(self.source, unit.setting, unit.setting.batch, unit.seed)
+        batch, reference = Batch(self.model, unit.setting, items), self.fitted[unit.setting][REFERENCE]
+        for name in accuracy.warm(batch, reference, self._able(unit)):
+            advance(0, note=f"compiled {name}")
+
     def _measure(self, unit: Unit, advance: Advance) -> Iterator[Record]:
         """Accuracy and fidelity of every method of a unit."""
-        setting, workload = unit.setting, WORKLOADS[unit.task]
-        methods = {name: self.fitted[setting][name] for name in unit.methods}
-        able = {name: m for name, m in methods.items() if can_stream(m)} if workload.streamed else methods
-        tallies = {name: Tally() for name in methods}
+        setting, workload, able = unit.setting, WORKLOADS[unit.task], self._able(unit)
+        tallies = {name: Tally() for name in unit.methods}
         items = workload.items(self.source, setting, self.options.examples, unit.seed)
         for start in range(0, len(items), setting.batch):
             batch = Batch(self.model, setting, items[start : start + setting.batch])
             for name in accuracy.run(batch, self.fitted[setting][REFERENCE], able, tallies, errors=start == 0):
                 advance(1, note=f"{unit.task} {name}")
-            advance(len(methods) - len(able))
-        for name in methods:
+            advance(len(unit.methods) - len(able))
+        for name in unit.methods:
             key = {"method": name, "task": unit.task, "context": setting.context, "seed": unit.seed}
             yield key | tallies[name].results(workload.scored) | {"note": "" if name in able else CANNOT_STREAM}
 

@@ -17,7 +17,7 @@ from kvjax.training.schedule import Stage
 FAMILIES = ("text", "repeat", "kv", "kv3", "multikey", "multiquery", "multivalue", "vt", "copy")
 TEXT, REPEAT, KV = 0, 1, 2
 #: Shares of the families from kv3 on; those that need more than one lookup take longer to learn.
-SHARES = np.asarray([0.2, 0.15, 0.25, 0.15, 0.15, 0.1])
+SHARES = np.asarray([0.2, 0.15, 0.25, 0.2, 0.12, 0.08])
 MOST_TURNS = 16
 
 

@@ -50,7 +50,7 @@ def attention_mass(
       window: sliding window in tokens, or None.
       scale: multiplies q·k.
       softcap: logits become softcap * tanh(logits / softcap), or None.
-      reduce: how the G query heads of a kv head are joined, after the sum over queries.
+      reduce: how each query's G heads are joined, before the sum over queries (so that sums over time can be added up).
       implementation: 'xla' or 'reference'; None picks.
 
     Returns:

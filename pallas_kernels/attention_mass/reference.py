@@ -27,5 +27,5 @@ def run(
     mask = visible(query_positions, key_positions, window) & query_valid[:, :, None] & key_valid[:, None, :]
     mask = mask[:, None, None] & ~jnp.isneginf(lse)[..., None]
     probabilities = jnp.where(mask, jnp.exp(cap(logits, softcap) - lse[..., None]), 0.0)
-    per_head = jnp.sum(probabilities, axis=3)
-    return {"sum": jnp.sum, "mean": jnp.mean, "max": jnp.max}[reduce](per_head, axis=2)
+    over_group = {"sum": jnp.sum, "mean": jnp.mean, "max": jnp.max}[reduce]
+    return jnp.sum(over_group(probabilities, axis=2), axis=2)

@@ -1,4 +1,4 @@
-"""`attention_mass` for XLA: blocks of queries add their probabilities to one row of masses per head."""
+"""`attention_mass` for XLA: blocks of queries add their probabilities to one row of masses per kv head."""
 
 from __future__ import annotations
 
@@ -51,16 +51,16 @@ def run(
         lanes(key_positions[:, None]),
         lanes(key_valid[:, None]),
     )
-    lane = jax.vmap(partial(_lane, block, window, softcap))
+    lane = jax.vmap(partial(_lane, block, window, softcap, reduce))
     masses = over_lanes(lane, args, CACHE_BYTES // (2 * 4 * groups * block * slots))
-    per_head = masses.reshape(batch, heads, groups, slots)
-    return {"sum": jnp.sum, "mean": jnp.mean, "max": jnp.max}[reduce](per_head, axis=2)
+    return masses.reshape(batch, heads, slots)
 
 
 def _lane(
     block: int,
     window: int | None,
     softcap: float | None,
+    reduce: str,
     q: jax.Array,
     lse: jax.Array,
     query_positions: jax.Array,
@@ -68,16 +68,17 @@ def _lane(
     key_positions: jax.Array,
     key_valid: jax.Array,
 ) -> jax.Array:
-    """One (row, kv head): q [G, T, H], lse [G, T], k [S, H] -> [G, S]."""
+    """One (row, kv head): q [G, T, H], lse [G, T], k [S, H] -> [S]."""
     keys = k.astype(jnp.float32)
     groups, tokens, dim = q.shape
+    over_group = {"sum": jnp.sum, "mean": jnp.mean, "max": jnp.max}[reduce]
 
-    def step(masses: jax.Array, part: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+    def mass(part: tuple[jax.Array, ...]) -> jax.Array:
         q, lse, positions = part
         logits = cap(jnp.einsum("gth,sh->gts", q, keys), softcap)
         mask = visible(positions, key_positions, window) & key_valid
         probabilities = jnp.where(mask, jnp.exp(logits - lse[..., None]), 0.0)
-        return masses + jnp.sum(probabilities, axis=1), None
+        return jnp.sum(over_group(probabilities, axis=0), axis=0)
 
     blocks = tokens // block
     parts = (
@@ -85,5 +86,7 @@ def _lane(
         jnp.moveaxis(lse.reshape(groups, blocks, block), 1, 0),
         query_positions.reshape(blocks, block),
     )
-    masses, _ = jax.lax.scan(step, jnp.zeros((groups, keys.shape[0])), parts)
-    return masses
+    # The first block starts the sum, so that inside `shard_map` the carry varies over the mesh like what is added.
+    first, rest = (jax.tree.map(lambda x, cut=cut: x[cut], parts) for cut in (0, slice(1, None)))
+    total, _ = jax.lax.scan(lambda masses, part: (masses + mass(part), None), mass(first), rest)
+    return total

@@ -1,48 +1,33 @@
-"""`decode_attention` for XLA: a few heads at a time, an online softmax over chunks of slots.
+"""`decode_attention` for XLA: logits of all slots, one softmax, weighted values; decoding a chunk at a time.
 
 XLA on a CPU decodes into memory before it multiplies, so what is decoded at once must fit the cache: heads are visited
-in lanes and slots in chunks, and the decoded chunk never leaves the second-level cache. Formats that need no decoding
-are read where they lie, all heads at once. Online softmax: Milakov and Gimelshein, 2018, arXiv:1805.02867.
+in lanes and slots in chunks, and a decoded chunk never leaves the second-level cache. Formats that need no decoding
+are read where they lie, all heads at once. A row of logits is small beside the slots that it is read from, so it is
+kept whole; many queries are taken a few at a time.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.lanes import over_lanes
-from pallas_kernels.loader import Loader, PyTree
-from pallas_kernels.logits import cap
+from pallas_kernels.lanes import divisor_at_most
+from pallas_kernels.loader import Loader
+from pallas_kernels.logits import cap, finite_max, log_sum
 
-CHUNK_BYTES = 1 << 18
-"""Decoded keys (or values) that are alive at once on a CPU, and the limit of their logits."""
+LOGIT_BYTES = 1 << 23
+"""Logits that are alive at once, unless those of `MIN_ROWS` queries are more."""
 
+MIN_ROWS = 16
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Slots:
-    """Everything that has a slot axis. Keys and values lead with [lanes, heads, M], the rest is [lanes, heads, S]."""
+CPU_CHUNK_BYTES = 1 << 18
+"""Decoded slots that are alive at once on a CPU: an eighth of a common second-level cache."""
 
-    keys: PyTree
-    values: PyTree
-    valid: jax.Array
-    positions: jax.Array | None
-    bias: jax.Array | None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Problem:
-    """The formats and the static parameters of a logit."""
-
-    keys: Loader
-    values: Loader
-    window: int | None
-    softcap: float | None
-    return_logits: bool
+ACCELERATOR_CHUNK_BYTES = 1 << 26
+"""The same for all lanes together on an accelerator."""
 
 
 def run(
@@ -60,127 +45,157 @@ def run(
     return_logits: bool,
 ) -> tuple[jax.Array, ...]:
     """See `api.decode_attention`."""
-    batch, heads, rows, _ = q.shape
-    problem = _Problem(keys, values, window, softcap, return_logits)
-    slots = _Slots(keys.slots, values.slots, valid, positions, bias)
-    q, query_positions, slots = _lanes(q * scale, query_positions, slots)
-    chunk, together = _sizes(problem, q.shape, valid.shape[-1])
-    results = over_lanes(
-        lambda q, at, slots: _attend(problem, chunk, q, at, slots), (q, query_positions, slots), together
-    )
-    return tuple(x.reshape(batch, heads, rows, *x.shape[3:]) for x in results)
+
+    def attend(q: jax.Array, query_positions: jax.Array | None) -> tuple[jax.Array, ...]:
+        logits = cap(_dot(keys, q), softcap)
+        if bias is not None:
+            logits = logits + bias[:, :, None]
+        mask = valid[:, :, None]
+        if window is not None:
+            assert positions is not None and query_positions is not None
+            mask = mask & (query_positions[:, None, :, None] - positions[:, :, None] < window)
+        logits = jnp.where(mask, logits, -jnp.inf)
+        top = finite_max(logits)
+        weights = jnp.exp(logits - top)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        out = _mix(values, weights, valid) / jnp.where(total == 0, 1.0, total)
+        lse = log_sum(total, top)[..., 0]
+        return (out, lse, logits) if return_logits else (out, lse)
+
+    return _by_rows(attend, q * scale, query_positions, valid.shape[-1])
 
 
-def _lanes(
-    q: jax.Array, query_positions: jax.Array | None, slots: _Slots
-) -> tuple[jax.Array, jax.Array | None, _Slots]:
-    """Arranges the problem as [lanes, heads, ...] with as little as possible in the heads axis.
-
-    Nothing is shared by heads: each (row, head) is a lane. All is shared: heads become further queries of a row.
-    Some is: lanes are rows, and what is shared keeps a head axis of 1.
-    """
-    batch, heads, rows, dim = q.shape
-    shared = {leaf.shape[1] == 1 for leaf in jax.tree.leaves((slots.keys, slots.values))}
-    masks = {leaf.shape[1] == 1 for leaf in (slots.valid, slots.positions, slots.bias) if leaf is not None}
-    at = None if query_positions is None else query_positions[:, None]
-    if shared | masks == {True}:
-        at = None if at is None else jnp.tile(at, (1, 1, heads))
-        return q.reshape(batch, 1, heads * rows, dim), at, slots
-    if shared != {False}:
-        return q, at, slots
-
-    def split(x: jax.Array) -> jax.Array:
-        x = jnp.broadcast_to(x, (batch, heads, *x.shape[2:]))
-        return x.reshape(batch * heads, 1, *x.shape[2:])
-
-    return split(q), jax.tree.map(split, at), jax.tree.map(split, slots)
-
-
-def _sizes(problem: _Problem, shape: tuple[int, ...], slots: int) -> tuple[int, int]:
-    """(slots per chunk, lanes at once)."""
-    lanes, heads, rows, _ = shape
-    dim = max(problem.keys.head_dim, problem.values.head_dim)
-    in_place = problem.keys.reads_in_place and problem.values.reads_in_place
-    if in_place and rows <= dim // 2:  # logits are small beside what is read: nothing to save
-        return slots, lanes
-    slot_bytes = 4 * heads * max(rows, 0 if in_place else dim)
-    step = math.lcm(problem.keys.block, problem.values.block)
-    chunk = max(1, CHUNK_BYTES // (slot_bytes * step)) * step
-    if chunk >= slots:
-        return slots, max(1, CHUNK_BYTES // (slot_bytes * slots))
-    return chunk, 1
-
-
-def _attend(
-    problem: _Problem, chunk: int, q: jax.Array, query_positions: jax.Array | None, slots: _Slots
+def _by_rows(
+    attend: Callable[..., tuple[jax.Array, ...]], q: jax.Array, query_positions: jax.Array | None, slots: int
 ) -> tuple[jax.Array, ...]:
-    """Some lanes: q [lanes, heads, R, H] -> out, lse[, logits], all slots in chunks."""
-    total = slots.valid.shape[-1]
-    whole = total // chunk
+    """`attend(q, query_positions)` for a limited number of rows [B, K, R, H] at a time."""
+    batch, heads, rows, dim = q.shape
+    limit = max(MIN_ROWS, LOGIT_BYTES // (4 * batch * heads * slots))
+    if rows <= limit:
+        return attend(q, query_positions)
+    passes = -(-rows // limit)
+    each = -(-rows // passes)
+    padding = passes * each - rows
+    q = jnp.pad(q, [(0, 0), (0, 0), (0, padding), (0, 0)]).reshape(batch, heads, passes, each, dim)
+    if query_positions is not None:
+        query_positions = jnp.pad(query_positions, [(0, 0), (0, padding)]).reshape(batch, passes, each)
+        query_positions = jnp.moveaxis(query_positions, 1, 0)
+    parts = jax.lax.map(lambda part: attend(*part), (jnp.moveaxis(q, 2, 0), query_positions))
 
-    def step(carry: tuple[jax.Array, ...], part: _Slots) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
-        logits = _logits(problem, q, query_positions, part)
-        carry = _accumulate(carry, logits, problem.values.with_slots(part.values), part.valid)
-        return carry, logits if problem.return_logits else None
+    def join(x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x, 0, 2).reshape(batch, heads, passes * each, *x.shape[4:])[:, :, :rows]
 
-    def cut(start: Any, length: int) -> _Slots:
-        def blocks(x: jax.Array, size: int) -> jax.Array:
-            return jax.lax.dynamic_slice_in_dim(x, start // size, length // size, axis=2)
+    return tuple(join(x) for x in parts)
 
-        return _Slots(
-            keys=jax.tree.map(lambda x: blocks(x, problem.keys.block), slots.keys),
-            values=jax.tree.map(lambda x: blocks(x, problem.values.block), slots.values),
-            **{
-                name: None if (x := getattr(slots, name)) is None else blocks(x, 1)
-                for name in ("valid", "positions", "bias")
-            },
-        )
 
-    lead = q.shape[:3]
-    carry = (
-        jnp.full((*lead, 1), -jnp.inf),
-        jnp.zeros((*lead, 1)),
-        jnp.zeros((*lead, problem.values.head_dim)),
-    )
-    pieces = []
-    if whole == 1:
-        carry, logits = step(carry, cut(0, chunk))
-        pieces.append(logits)
+def _dot(loader: Loader, q: jax.Array) -> jax.Array:
+    """f32 [B, K, R, S]: inner products of q [B, K, R, H] with all slots."""
+    lanes, loader, rows = _arrange(loader, q)
+    if loader.reads_in_place:
+        logits = loader.dot(rows)
     else:
-        carry, stacked = jax.lax.scan(lambda c, i: step(c, cut(i * chunk, chunk)), carry, jnp.arange(whole))
-        if problem.return_logits:
-            pieces.append(jnp.moveaxis(stacked, 0, 3).reshape(*lead, whole * chunk))
-    if total % chunk:
-        carry, logits = step(carry, cut(whole * chunk, total % chunk))
-        pieces.append(logits)
-
-    top, weight, mixed = carry
-    empty = weight == 0
-    safe = jnp.where(empty, 1.0, weight)
-    out, lse = mixed / safe, jnp.where(empty, -jnp.inf, jnp.log(safe) + top)[..., 0]
-    return (out, lse, jnp.concatenate(pieces, axis=-1)) if problem.return_logits else (out, lse)
+        logits = _by_chunk(loader, rows, lambda part, own, at: part.dot(own), _concatenated)
+    return logits.reshape(*q.shape[:3], -1)
 
 
-def _logits(problem: _Problem, q: jax.Array, query_positions: jax.Array | None, part: _Slots) -> jax.Array:
-    """f32 [lanes, heads, R, S]; -inf where not seen."""
-    logits = cap(problem.keys.with_slots(part.keys).dot(q), problem.softcap)
-    if part.bias is not None:
-        logits = logits + part.bias[..., None, :]
-    mask = part.valid[..., None, :]
-    if problem.window is not None:
-        assert part.positions is not None and query_positions is not None
-        mask = mask & (query_positions[..., None] - part.positions[..., None, :] < problem.window)
-    return jnp.where(mask, logits, -jnp.inf)
+def _mix(loader: Loader, weights: jax.Array, valid: jax.Array) -> jax.Array:
+    """f32 [B, K, R, H]: all slots summed with weights [B, K, R, S]; valid is bool [B, K or 1, S]."""
+    batch, heads = weights.shape[:2]
+    lanes, loader, rows = _arrange(loader, weights)
+    if lanes == (batch, 1):  # one store for all heads: a slot that any of them sees holds a token
+        seen = jnp.any(valid, axis=1, keepdims=True)
+    else:
+        seen = jnp.broadcast_to(valid, (batch, heads, valid.shape[2])).reshape(*lanes, -1)
+
+    def masked() -> jax.Array:
+        return _by_chunk(loader, (rows, seen), lambda part, own, at: part.mix(at(own[0]), at(own[1])), _summed)
+
+    if loader.reads_in_place:
+        # Leaving slots out costs a copy of all values. It matters only where an invalid slot holds a NaN or an
+        # infinity, and then the plain sum shows it, because 0 times either is NaN.
+        plain = loader.mix(rows, None)
+        out = jax.lax.cond(jnp.all(jnp.isfinite(plain)), lambda: plain, masked)
+    else:
+        out = masked()
+    return out.reshape(*weights.shape[:3], -1)
 
 
-def _accumulate(
-    carry: tuple[jax.Array, ...], logits: jax.Array, values: Loader, valid: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """One step of the online softmax over (maximum, sum of weights, weighted sum of values)."""
-    top, weight, mixed = carry
-    new_top = jnp.maximum(top, jnp.max(logits, axis=-1, keepdims=True))
-    shift = jnp.where(jnp.isneginf(new_top), 0.0, new_top)
-    weights = jnp.exp(logits - shift)
-    decay = jnp.exp(top - shift)
-    weight = weight * decay + jnp.sum(weights, axis=-1, keepdims=True)
-    return new_top, weight, mixed * decay + values.mix(weights, valid)
+def _arrange(loader: Loader, rows: jax.Array) -> tuple[tuple[int, int], Loader, jax.Array]:
+    """The problem as [lanes, heads, ...]: the two sizes, the loader's slots and `rows` [B, K, R, ...] in that form.
+
+    Nothing is shared by heads: each (row, head) is a lane. Everything is: the heads' queries become queries of one
+    head. Something is: a lane holds all heads of a row.
+    """
+    batch, heads = rows.shape[:2]
+    shared = {leaf.shape[1] == 1 for leaf in jax.tree.leaves(loader.slots)}
+    lanes = {(True,): (batch, 1), (False,): (batch * heads, 1)}.get(tuple(shared), (batch, heads))
+    slots = jax.tree.map(lambda x: x.reshape(lanes[0], -1, *x.shape[2:]), loader.slots)
+    return lanes, loader.with_slots(slots), rows.reshape(*lanes, -1, rows.shape[-1])
+
+
+def _by_chunk(loader: Loader, own: Any, read: Callable[..., jax.Array], join: Callable[..., jax.Array]) -> jax.Array:
+    """Reads the slots of some lanes, a chunk at a time, and goes on to the next lanes.
+
+    Args:
+      loader: slots [lanes, heads or 1, M, ...].
+      own: pytree of what each lane needs beside its slots, leaves [lanes, heads, ...].
+      read: (loader of one chunk, `own` of its lanes, function that cuts the chunk out of a last axis S) -> array.
+      join: makes one array of what `read` gives for the chunks.
+    """
+    leaves = jax.tree.leaves(loader.slots)
+    lanes, blocks = leaves[0].shape[0], leaves[0].shape[2]
+    heads = max(leaf.shape[1] for leaf in leaves)
+    together, chunk = _sizes(lanes, blocks, 4 * heads * loader.block * loader.head_dim)
+
+    def visit(first: Any) -> jax.Array:
+        mine = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, together), own)
+
+        def piece(start: Any, size: int) -> jax.Array:
+            def cut(x: jax.Array) -> jax.Array:
+                begin = (first, 0, start, *(0,) * (x.ndim - 3))
+                return jax.lax.dynamic_slice(x, begin, (together, x.shape[1], size, *x.shape[3:]))
+
+            def at(x: jax.Array) -> jax.Array:
+                return jax.lax.dynamic_slice_in_dim(x, start * loader.block, size * loader.block, axis=-1)
+
+            return read(loader.with_slots(jax.tree.map(cut, loader.slots)), mine, at)
+
+        return join(piece, blocks, chunk)
+
+    if together == lanes:
+        return visit(0)
+    out = jax.lax.map(visit, jnp.arange(0, lanes, together))
+    return out.reshape(lanes, *out.shape[2:])
+
+
+def _sizes(lanes: int, blocks: int, block_bytes: int) -> tuple[int, int]:
+    """(lanes at once, blocks per chunk) whose decoded slots fit the platform's chunk."""
+    on_cpu = jax.default_backend() == "cpu"
+    room = (CPU_CHUNK_BYTES if on_cpu else ACCELERATOR_CHUNK_BYTES // lanes) // block_bytes
+    chunk = max(1, min(blocks, room))
+    return divisor_at_most(lanes, room // blocks) if on_cpu else lanes, chunk
+
+
+def _concatenated(piece: Callable[[Any, int], jax.Array], total: int, chunk: int) -> jax.Array:
+    """[..., S] from pieces [..., size]."""
+    whole, rest = divmod(total, chunk)
+    if whole == 1:
+        parts = [piece(0, chunk)]
+    else:
+        stacked = jax.lax.map(lambda start: piece(start, chunk), jnp.arange(whole) * chunk)
+        parts = [jnp.moveaxis(stacked, 0, -2).reshape(*stacked.shape[1:-1], -1)]
+    if rest:
+        parts.append(piece(whole * chunk, rest))
+    return jnp.concatenate(parts, axis=-1)
+
+
+def _summed(piece: Callable[[Any, int], jax.Array], total: int, chunk: int) -> jax.Array:
+    """The sum of all pieces, which have one shape."""
+    whole, rest = divmod(total, chunk)
+    out = piece(total - rest, rest) if rest else None
+    if whole == 1:
+        first = piece(0, chunk)
+        return first if out is None else out + first
+    if out is None:
+        out = jnp.zeros_like(jax.eval_shape(lambda: piece(0, chunk)))
+    return jax.lax.fori_loop(0, whole, lambda i, total: total + piece(i * chunk, chunk), out)

@@ -57,9 +57,9 @@ COMPOSED = (
     "h2o:tokens=24+int4",
     "h2o:tokens=40,recent=0.25+kivi-4:group=8",
     "h2o:share=50%+int8",
-    "snapkv:tokens=40,window=8+kivi-2:group=16",
+    "snapkv:tokens=48,window=8+kivi-2:group=16",
     "snapkv:share=50%,window=8,pool=max+int8:symmetric=true",
-    "streaming_llm:tokens=40+kivi-2:group=16",
+    "streaming_llm:tokens=48+kivi-2:group=16",
     "random:share=50%+int2",
 )
 

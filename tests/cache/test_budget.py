@@ -48,7 +48,7 @@ def test_full_and_tokens_per_row() -> None:
 
 
 @pytest.mark.parametrize("spec", ["snapkv", "h2o", "streaming_llm", "random", "snapkv+int4", "h2o+kivi-2"])
-@pytest.mark.parametrize("size", [500_000, 700_001, 1_100_000])
+@pytest.mark.parametrize("size", [550_000, 700_001, 1_100_000])
 def test_bytes_resolve_to_the_most_tokens_that_fit(spec: str, size: int) -> None:
     method = resolve(parse(_with_bytes(spec, size)), LAYERS)
     one_row = [dataclasses.replace(dims, batch=1) for dims in LAYERS]

@@ -80,7 +80,7 @@ def test_one_row_and_one_head(name: str, batch: int, kv_heads: int) -> None:
 
 
 @pytest.mark.parametrize("padded", [13, 17, 40])
-@pytest.mark.parametrize("spec", ["kivi-2:group=16,residual=16", "h2o:tokens=40,recent=0.25+kivi-4:group=16", "int4"])
+@pytest.mark.parametrize("spec", ["kivi-2:group=16,residual=16", "h2o:tokens=64,recent=0.25+kivi-4:group=16", "int4"])
 def test_prompts_padded_to_odd_lengths(spec: str, padded: int) -> None:
     """The block of a codec need not divide the length that prompts are padded to."""
     inputs = draw(32, (padded, 5), padded=padded, decoded=20, query_heads=4)

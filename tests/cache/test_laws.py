@@ -183,7 +183,7 @@ ALONE = (
     "random:share=50%+int2",
     "snapkv:share=50%,window=8,pool=max+int8:symmetric=true",
     "kivi-2:residual=32",
-    "streaming_llm:tokens=40+kivi-2:group=16",
+    "streaming_llm:tokens=48+kivi-2:group=16",
     "streaming-prefill-h2o",
     "every-4",
 )

@@ -94,14 +94,11 @@ def test_a_decode_step_updates_the_cache_in_place(name: str) -> None:
 def test_temporaries_of_a_decode_step_are_bounded(name: str) -> None:
     """Law 6: never a dequantised, widened or copied cache.
 
-    The bound is one float32 number per slot, query head and segment-wide quantity (logits, their exponentials, the
-    statistics' view of them and a mask), plus 1 MiB of blocks: far below the 8 MiB that the decoded keys and values of
-    8,192 tokens would take in float32.
+    The bound is half of what the decoded keys and values of the cache's slots take in float32, 4 MiB for the full
+    cache here; logits, their exponentials and the blocks in work are far below it.
     """
-    method = parse(name)
-    slots = sum(s.slots for s in jax.eval_shape(lambda: LayerCache.init(method, LARGE)).segments)
+    slots = sum(s.slots for s in jax.eval_shape(lambda: LayerCache.init(parse(name), LARGE)).segments)
     _, memory, _ = compiled_decode(name)
-    assert memory.temp_size_in_bytes < 4 * slots * LARGE.query_heads * 4 + 2**20
     decoded = 2 * slots * LARGE.kv_heads * LARGE.head_dim * 4
     assert memory.temp_size_in_bytes < decoded / 2
 

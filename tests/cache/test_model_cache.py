@@ -112,7 +112,7 @@ def test_effective_bytes_count_slots_in_use() -> None:
     cache = filled("full")
     slot_bytes = 2 * 2 * 32 * 4 + 4
     assert cache.effective_bytes == 2 * sum(LENGTHS) * slot_bytes
-    assert cache.nbytes == 2 * (3 * 88 * slot_bytes + 3 * 8 + 2 * 4)
+    assert cache.nbytes == 2 * (3 * 88 * slot_bytes + 3 * 3 * 4 + 2 * 4)  # and three counters per row, one per head
     assert cache.full_bytes == 2 * 3 * 88 * 2 * 2 * 32 * 2
     empty = ModelCache.init(parse("full"), layers())
     assert empty.effective_bytes == 0 and empty.nbytes == cache.nbytes

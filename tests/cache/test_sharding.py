@@ -23,7 +23,7 @@ NAMES = (
     "random:tokens=24",
     "streaming_llm:tokens=24,positions=renumbered",
     "h2o:tokens=24+int4",
-    "snapkv:tokens=40,window=8+kivi-2:group=16",
+    "snapkv:tokens=48,window=8+kivi-2:group=16",
     "streaming-prefill-h2o",
     "streaming-prefill-random",
     "every-16-blocks",

@@ -313,6 +313,11 @@ def test_more_refusals() -> None:
         read_config(qwen | {"layer_types": ["sliding_attention"] * 28})
     with pytest.raises(UsageError, match="'quantization_config'"):
         read_config({"model_type": "gemma3", "text_config": gemma3, "quantization_config": {"bits": 4}})
+    with pytest.raises(UsageError, match="tie_word_embeddings is False, but True in text_config"):
+        text = gemma3 | {"tie_word_embeddings": True}
+        read_config({"model_type": "gemma3", "text_config": text, "tie_word_embeddings": False})
+    with pytest.raises(UsageError, match="final_logit_softcapping in the text_config of a multimodal"):
+        read_config({"model_type": "gemma3", "text_config": gemma3 | {"final_logit_softcapping": 30.0}})
 
 
 def test_fields_that_change_nothing_are_accepted() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -15,6 +16,8 @@ transformers = pytest.importorskip("transformers", reason="the extra `hf` (torch
 from kvjax.attention.rope import Dynamic  # noqa: E402
 from kvjax.models.huggingface import export, load  # noqa: E402
 from kvjax.models.language_model import LanguageModel  # noqa: E402
+from tests.models.folders import small_tokenizer, write_folder, write_tokenizer  # noqa: E402
+from tests.oracles import huggingface as oracle  # noqa: E402
 
 PROMPT, NEW = 8, 64
 TOTAL = PROMPT + NEW
@@ -203,6 +206,56 @@ def test_export_gives_the_same_logits_in_transformers(pair: tuple[Any, LanguageM
     assert not any(report.values()), report
     tokens = prompts(ours.config.vocab_size, TOTAL)
     np.testing.assert_allclose(reference_logits(again, tokens), reference_logits(make_again(theirs), tokens), atol=1e-6)
+
+
+def test_multimodal_gemma3_gives_its_text_model(tmp_path: Path) -> None:
+    text = GEMMA | {"sliding_window_pattern": 2}
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 8,
+        "patch_size": 4,
+    }
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    config.image_token_index = config.boi_token_index = config.eoi_token_index = 95
+    theirs = randomise(transformers.Gemma3ForConditionalGeneration(config))
+    theirs.set_attn_implementation("eager")
+    theirs.save_pretrained(tmp_path)
+    ours = load(tmp_path)
+    tokens = prompts(95, TOTAL)
+    expected = reference_logits(theirs, tokens)
+    np.testing.assert_allclose(logits_of(ours, tokens), expected, rtol=0, atol=TOLERANCE)
+
+
+def test_bfloat16_checkpoints_are_read_bit_for_bit(tmp_path: Path) -> None:
+    theirs = make("qwen3").to(torch.bfloat16)
+    theirs.save_pretrained(tmp_path)
+    ours = load(tmp_path)
+    assert ours.dtype == jnp.bfloat16
+    kernel = np.asarray(ours.params["layers_1"]["attention"]["o"]["kernel"].astype(jnp.float32))
+    expected = theirs.model.layers[1].self_attn.o_proj.weight.detach().float().numpy()
+    np.testing.assert_array_equal(kernel.reshape(-1, 48).T, expected)
+
+
+def test_exported_tokenizer_and_chat_template_are_the_same_in_transformers(tmp_path: Path) -> None:
+    config = {**oracle.LLAMA, "vocab_size": small_tokenizer().get_vocab_size()}
+    folder = write_folder(tmp_path / "in", config, oracle.random_checkpoint(config))
+    write_tokenizer(folder)
+    ours = load(folder)
+    theirs = transformers.AutoTokenizer.from_pretrained(export(ours, tmp_path / "out"))
+    text = "the cache keeps keys, naïvely 🙂\n"
+    assert theirs(text)["input_ids"] == ours.tokenizer.encode(text, special=True)
+    ids = ours.tokenizer.encode(text, special=True)
+    assert theirs.decode(ids, skip_special_tokens=True) == ours.tokenizer.decode(ids)
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (0, 1, 2)
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes?"}]
+    for prompted in (True, False):
+        expected = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompted)
+        assert ours.tokenizer.chat(messages, add_generation_prompt=prompted) == expected
+    generation = transformers.GenerationConfig.from_pretrained(tmp_path / "out")
+    assert (generation.bos_token_id, generation.eos_token_id, generation.pad_token_id) == (0, 1, 2)
 
 
 def make_again(model: Any) -> Any:

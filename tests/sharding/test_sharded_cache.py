@@ -30,6 +30,7 @@ from kvjax.sharding import (
 from tests.save.driver import (
     FAST_COMPILE,
     LENGTHS,
+    PROMPT,
     SPECS,
     assert_same_bits,
     decode_steps,
@@ -99,7 +100,7 @@ def test_what_lies_where() -> None:
     assert {specs.length, specs.limit} == {P("data")}
     assert specs.head_index == P("model")
     assert specs.body.positions == specs.body.stats == P("data", "model"), "heads hold different tokens"
-    assert specs.recent.positions == P("data", None), "all heads share these positions"
+    assert specs.recent.positions == P("data"), "all heads share these positions"
     assert set(jax.tree.leaves((specs.body.keys, specs.body.values))) == {P("data", "model")}
     model = ModelCache((layer, layer), jnp.asarray(LENGTHS))
     assert cache_specs(model, mesh) == ModelCache((specs, specs), P("data"))
@@ -115,45 +116,40 @@ def test_what_lies_where() -> None:
     assert step.output_projection == P("model") and step.rope.inv_freq == step.rope.amplitude == P()
 
 
-@pytest.mark.parametrize(("data", "model"), [(1, 8), (8, 1)])
-def test_what_the_mesh_does_not_divide_is_replicated_and_still_right(data: int, model: int) -> None:
-    """4 kv heads on 8 devices; 4 rows on 8 devices."""
+@pytest.mark.parametrize(
+    ("data", "model", "keys"), [(1, 8, P("data", None)), (8, 1, P(None, "model")), (2, 2, P("data", "model"))]
+)
+def test_what_the_mesh_does_not_divide_is_replicated_and_still_right(data: int, model: int, keys: P) -> None:
+    """4 kv heads on 8 devices; 4 rows on 8 devices; and a part of the devices."""
     mesh = make_mesh(data, model)
-    cache = shard_cache(empty("h2o:tokens=24"), mesh)[0]
-    assert cache_specs(cache.cache, mesh).body.keys == P(None, None)
-    assert cache.cache.body.keys.sharding.is_fully_replicated
-    later = place_step(decode_steps(), mesh, stacked=True)
-    prefill = compiled(lambda cache, step: cache.step(step), cache, place_step(prompt_step(), mesh))
-    _, cache = prefill(cache, place_step(prompt_step(), mesh))
-    outputs, _ = jax.jit(run_steps, compiler_options=FAST_COMPILE)(cache, later)
-    assert collectives(prefill) == {}
-    np.testing.assert_allclose(outputs, decoded("h2o:tokens=24")[0], rtol=0, atol=TOLERANCE)
-
-
-def test_without_jit_and_on_a_part_of_the_devices() -> None:
-    mesh = make_mesh(2, 2)
-    out, cache = sharded_step(empty("full")[0], prompt_step(), mesh)
-    exists = np.arange(out.shape[1]) < LENGTHS[:, None]
-    want, whole = prefilled("full")
-    np.testing.assert_allclose(np.asarray(out)[exists], np.asarray(want)[exists], rtol=0, atol=TOLERANCE)
-    assert jax.tree.structure(cache) == jax.tree.structure(whole[0])
-    assert len(cache.length.sharding.device_set) == 4
+    cache = shard_cache(prefilled("full")[1], mesh)[0]
+    assert cache_specs(cache.cache, mesh).body.keys == keys
+    assert cache.cache.body.keys.sharding.is_fully_replicated == (data * model == 8)
+    step = jax.tree.map(lambda x: x[0], decode_steps())
+    decode = compiled(lambda cache, step: cache.step(step), cache, place_step(step, mesh))
+    out, _ = decode(cache, place_step(step, mesh))
+    assert collectives(decode) == {}
+    np.testing.assert_allclose(out, decoded("full")[0][0], rtol=0, atol=TOLERANCE)
 
 
 def test_a_map_of_heads_in_order_is_cut_and_any_other_is_refused() -> None:
     mesh = make_mesh(2, 4)
+    exists = np.arange(PROMPT) < LENGTHS[:, None]
+    prefill = jax.jit(sharded_step, static_argnums=(2, 3), compiler_options=FAST_COMPILE)
     in_order = dataclasses.replace(prompt_step(), kv_head_of_query=(0, 0, 1, 1, 2, 2, 3, 3))
-    out, _ = sharded_step(empty("full")[0], in_order, mesh)
-    exists = np.arange(out.shape[1]) < LENGTHS[:, None]
-    np.testing.assert_allclose(np.asarray(out)[exists], np.asarray(prefilled("full")[0])[exists], atol=TOLERANCE)
+    out, _ = prefill(empty("full")[0], in_order, mesh, ShardingRules())
+    np.testing.assert_allclose(
+        np.asarray(out)[exists], np.asarray(prefilled("full")[0])[exists], rtol=0, atol=TOLERANCE
+    )
 
     crossed = dataclasses.replace(prompt_step(), kv_head_of_query=(3, 0, 0, 1, 1, 2, 2, 3))
     with pytest.raises(UsageError, match=r"kv_head_of_query.*ShardingRules\(heads=None, kv_heads=None\)"):
         sharded_step(empty("full")[0], crossed, mesh)
-    alone = ShardingRules(heads=None, kv_heads=None)
-    out, _ = sharded_step(empty("full")[0], crossed, mesh, alone)
-    want, _ = empty("full")[0].step(crossed)
-    np.testing.assert_allclose(np.asarray(out)[exists], np.asarray(want)[exists], rtol=0, atol=TOLERANCE)
+    out, _ = prefill(empty("full")[0], crossed, mesh, ShardingRules(heads=None, kv_heads=None))
+    q = prompt_step().queries[:, :, [1, 2, 3, 4, 5, 6, 0, 7]]
+    sorted_out, _ = prefill(empty("full")[0], dataclasses.replace(prompt_step(), queries=q), mesh, ShardingRules())
+    want = np.asarray(sorted_out)[:, :, np.argsort([1, 2, 3, 4, 5, 6, 0, 7])]
+    np.testing.assert_allclose(np.asarray(out)[exists], want[exists], rtol=0, atol=TOLERANCE)
 
 
 def test_a_streaming_prefill_ends_on_the_mesh() -> None:
@@ -183,4 +179,4 @@ def test_the_counter_is_not_blind() -> None:
     x = jax.device_put(np.ones((4, 8), np.float32), NamedSharding(mesh, P("data", "model")))
     total = jax.jit(lambda x: (x.sum(), jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P()))))
     counted = collectives(total.lower(x).compile())
-    assert counted["all-reduce"] == 1 and counted["all-gather"] >= 1
+    assert counted["all-reduce"] >= 1 and counted["all-gather"] >= 1

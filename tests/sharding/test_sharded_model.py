@@ -22,7 +22,7 @@ from tests.sharding.hlo import collectives
 
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
 
-LAYERS = 3
+LAYERS = 2
 CONFIG = TransformerConfig(
     vocab_size=64,
     embed_dim=32,
@@ -33,7 +33,6 @@ CONFIG = TransformerConfig(
     mlp_dim=64,
     max_positions=64,
 )
-METHOD = "h2o:tokens=16+int8"
 B, PROMPT, STEPS = 4, 24, 4
 LENGTHS = np.array([24, 9, 17, 3], np.int32)
 TOKENS = np.random.default_rng(0).integers(0, 64, (B, PROMPT + STEPS), np.int32)
@@ -44,12 +43,12 @@ def params_of(config: TransformerConfig):
     return Transformer(config).init(jax.random.key(0), TOKENS[:, :2])["params"]
 
 
-def empty_cache(config: TransformerConfig) -> ModelCache:
+def empty_cache(config: TransformerConfig, method: str = "h2o:tokens=16+int8") -> ModelCache:
     dims = [
         CacheDims(B, config.num_kv_heads, config.num_heads, config.head_dim, PROMPT + STEPS, PROMPT, "float32", None, i)
         for i in range(config.num_layers)
     ]
-    return ModelCache.init(parse(METHOD), dims, jnp.asarray(LENGTHS))
+    return ModelCache.init(parse(method), dims, jnp.asarray(LENGTHS))
 
 
 def forward(config, params, cache, tokens, lengths):
@@ -69,37 +68,35 @@ def run(config, params, cache, put=lambda x: x):
     logits, layers = prefill(*args)
     all_logits, decode = [logits], None
     for i in range(STEPS):
-        args = params, layers, put(TOKENS[:, PROMPT + i : PROMPT + i + 1]), put(np.ones(B, np.int32))
+        args = params, layers, put(TOKENS[np.arange(B), LENGTHS + i][:, None]), put(np.ones(B, np.int32))
         decode = decode or jax.jit(step, donate_argnums=1).lower(*args).compile(FAST_COMPILE)
         logits, layers = decode(*args)
         all_logits.append(logits)
     return np.stack([np.asarray(x) for x in all_logits]), prefill, decode
 
 
-def run_on_mesh(config, data: int, model: int):
-    mesh = make_mesh(data, model)
+def run_on_mesh(config, cache: ModelCache):
+    """`run` on a 2 by 4 mesh."""
+    mesh = make_mesh(2, 4)
     params = place(params_of(config), param_specs(params_of(config), mesh), mesh)
-    return run(config, params, shard_cache(empty_cache(config), mesh), lambda x: place(x, P("data"), mesh))
-
-
-@functools.cache
-def whole(config):
-    return run(config, params_of(config), empty_cache(config))[0]
+    return run(config, params, shard_cache(cache, mesh), lambda x: place(x, P("data"), mesh))
 
 
 def test_prefill_and_decode_exchange_only_the_sums_of_tensor_parallelism() -> None:
     """One all-reduce after attention and one after the MLP of each layer, and one of the embedding's lookup."""
-    logits, prefill, decode = run_on_mesh(CONFIG, 2, 4)
+    logits, prefill, decode = run_on_mesh(CONFIG, empty_cache(CONFIG))
     assert collectives(prefill) == {"all-reduce": 2 * LAYERS + 1}
     assert collectives(decode) == {"all-reduce": 2 * LAYERS + 1}
-    np.testing.assert_allclose(logits, whole(CONFIG), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(logits, run(CONFIG, params_of(CONFIG), empty_cache(CONFIG))[0], rtol=0, atol=1e-5)
 
 
 def test_kv_heads_that_the_axis_does_not_divide_are_replicated_and_said_so() -> None:
     config = dataclasses.replace(CONFIG, num_kv_heads=2, num_layers=1)
-    logits, _, decode = run_on_mesh(config, 2, 4)
+    logits, _, decode = run_on_mesh(config, empty_cache(config, "full"))
     assert collectives(decode) == {"all-reduce": 2}, "attention is replicated; the MLP and the embedding are not"
-    np.testing.assert_allclose(logits, whole(config), rtol=0, atol=1e-5)
+    uncached = jax.jit(lambda params: Transformer(config).apply({"params": params}, TOKENS)[0])(params_of(config))
+    want = np.asarray(uncached)[np.arange(B), LENGTHS - 1 + np.arange(STEPS + 1)[:, None]]
+    np.testing.assert_allclose(logits, want, rtol=0, atol=1e-5)
     mesh = make_mesh(2, 4)
     text = describe(params_of(config), empty_cache(config), mesh)
     assert "replicated: kv_heads 2 is not a multiple of model=4" in text
@@ -140,16 +137,16 @@ def test_every_parameter_has_its_place() -> None:
 
 def test_training_runs_on_the_mesh() -> None:
     """Loss and gradients without a cache equal those of one device."""
-    mesh = make_mesh(2, 4)
+    config, mesh = dataclasses.replace(CONFIG, num_layers=1), make_mesh(2, 4)
 
     def loss(params, tokens):
-        logits, _ = Transformer(CONFIG).apply({"params": params}, tokens)
+        logits, _ = Transformer(config).apply({"params": params}, tokens)
         picked = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], axis=-1)
         return -picked.mean()
 
-    grad = jax.jit(jax.value_and_grad(loss))
-    want = grad(params_of(CONFIG), TOKENS)
-    params = place(params_of(CONFIG), param_specs(params_of(CONFIG), mesh), mesh)
+    grad = jax.jit(jax.value_and_grad(loss), compiler_options=FAST_COMPILE)
+    want = grad(params_of(config), TOKENS)
+    params = place(params_of(config), param_specs(params_of(config), mesh), mesh)
     got = grad(params, place(TOKENS, P("data"), mesh))
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)

@@ -54,7 +54,7 @@ def test_untrained_induction():
 
 
 def test_a_circuit_that_does_not_fit_is_refused():
-    for change in ({"num_layers": 1}, {"embed_dim": 64}, {"rope": None}):
+    for change in ({"num_layers": 1}, {"embed_dim": 96}, {"rope": None}, {"num_kv_heads": 8}):
         config = dataclasses.replace(CONFIG, **change)
-        with pytest.raises(UsageError, match="embed_dim >= 65"):
+        with pytest.raises(UsageError, match="embed_dim >= 97"):
             planted({}, config, seed=0)

@@ -20,7 +20,7 @@ from kvjax.tasks import Vocabulary
 from kvjax.training.shards import Shards
 
 STEPS = 40
-OPTIONS = f"""--steps {STEPS} --save-every 6 --batch-tokens 128 --layers 2 --embed-dim 24 --heads 2 --kv-heads 1
+OPTIONS = f"""--steps {STEPS} --save-every 6 --batch-tokens 128 --layers 2 --embed-dim 32 --heads 2 --kv-heads 1
 --head-dim 8 --mlp-dim 16 --context 64 --decay-from 20 --eval-count 0 --seed 4""".split()
 
 

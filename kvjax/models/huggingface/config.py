@@ -31,8 +31,18 @@ def text_fields(json: Json) -> dict[str, Any]:
     inner = _TEXT_OF.get(str(json.get("model_type")))
     if inner is None:
         return dict(json)
-    shared = {key: json[key] for key in ("tie_word_embeddings", "quantization_config") if json.get(key) is not None}
-    return {"model_type": inner} | shared | dict(json.get("text_config") or {})
+    fields = {"model_type": inner} | (json.get("text_config") or {})
+    for name in ("tie_word_embeddings", "quantization_config"):
+        outer = json.get(name)
+        if outer is not None and fields.get(name) not in (None, outer):
+            raise UsageError(f"config.json: {name} is {outer!r}, but {fields[name]!r} in text_config; make them agree.")
+        fields[name] = fields.get(name) if outer is None else outer
+    if fields.get("final_logit_softcapping") is not None:
+        raise UsageError(
+            "config.json: final_logit_softcapping in the text_config of a multimodal model is refused: transformers "
+            "applies it in the text-only class and not in the multimodal one; set it to null."
+        )
+    return fields
 
 
 def read_config(json: Json, *, assume_harmless: Collection[str] = ()) -> TransformerConfig:
