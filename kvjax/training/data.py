@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import numpy as np
@@ -102,7 +102,7 @@ class Batches:
         segments = np.split(tokens, np.cumsum(sizes)[:-1])
         visits = rng.integers(0, len(segments), size)
         again = np.asarray([visit in visits[:i] for i, visit in enumerate(visits)])
-        answer = np.concatenate([np.arange(sizes[v]) * again[i] > 0 for i, v in enumerate(visits)])
+        answer = np.concatenate([np.arange(int(sizes[v])) * again[i] > 0 for i, v in enumerate(visits)])
         room = size - len(prefix)
         tokens = np.concatenate([prefix, np.concatenate([segments[v] for v in visits])[:room]])
         return tokens, np.pad(answer[:room], (len(prefix), 0)), np.zeros(size, bool), np.asarray(REPEAT)
@@ -159,7 +159,7 @@ def join(scene: Scene) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return np.concatenate(parts), answer, text
 
 
-def reader(batches: Batches, start: int, stage: Stage, ahead: int = 2) -> Iterator[Batch]:
+def reader(batches: Batches, start: int, stage: Stage, ahead: int = 2) -> Generator[Batch, None, None]:
     """The batches from step `start` on at one stage, made `ahead` of time in a thread.
 
     Through grain where it is installed; the order is the same without it. Close it when the stage ends.
@@ -186,7 +186,7 @@ class _Steps:
         return self.batches.batch(self.start + index, self.stage)
 
 
-def _grained(grain: Any, batches: Batches, start: int, stage: Stage, ahead: int) -> Iterator[Batch]:
+def _grained(grain: Any, batches: Batches, start: int, stage: Stage, ahead: int) -> Generator[Batch, None, None]:
     from absl import flags
 
     flags.FLAGS.mark_as_parsed()  # grain reads flags; outside an absl app nobody else parses them
@@ -198,7 +198,7 @@ def _grained(grain: Any, batches: Batches, start: int, stage: Stage, ahead: int)
         iterator.close()
 
 
-def _threaded(batches: Batches, start: int, stage: Stage, ahead: int) -> Iterator[Batch]:
+def _threaded(batches: Batches, start: int, stage: Stage, ahead: int) -> Generator[Batch, None, None]:
     ready: queue.Queue[Batch] = queue.Queue(ahead)
     stop = threading.Event()
 

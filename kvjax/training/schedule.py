@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from kvjax.typing import Array
 
@@ -20,10 +22,11 @@ class LearningRate:
     steps: int = 2000
     floor: float = 0.02
 
-    def __call__(self, step: Array | int) -> Array:
+    def __call__(self, step: ArrayLike) -> Array:
         """The rate at a step (int32 scalar, may be traced), f32 scalar."""
-        rise = jnp.minimum(1.0, (jnp.asarray(step) + 1) / self.warmup)
-        share = jnp.clip((jnp.asarray(step) - self.decay_from) / max(self.steps - self.decay_from, 1), 0.0, 1.0)
+        at = jnp.asarray(step, jnp.float32)
+        rise = jnp.minimum(1.0, (at + 1) / self.warmup)
+        share = jnp.clip((at - self.decay_from) / max(self.steps - self.decay_from, 1), 0.0, 1.0)
         return self.peak * rise * (self.floor + (1 - self.floor) * 0.5 * (1 + jnp.cos(jnp.pi * share)))
 
 
@@ -31,8 +34,6 @@ def optimizer(rate: LearningRate, weight_decay: float = 0.05, clip: float = 1.0)
     """AdamW (b2 0.95) behind a clip of the global norm; matrices decay, norm scales do not."""
 
     def matrices(params: optax.Params) -> optax.Params:
-        import jax
-
         return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
 
     return optax.chain(

@@ -41,6 +41,6 @@ class Shards:
         if not path.exists():
             raise UsageError(f"{path} does not exist. Build it: python -m experiments.tokenizer --out {folder}")
         with np.load(path, allow_pickle=False) as archive:
-            words = {field.name: archive[field.name] for field in dataclasses.fields(Vocabulary)}
-            vocabulary = Vocabulary(**words | {"size": int(words["size"])})
+            words = {name: archive[name] for name in ("prefix", "frame", "ask", "keys", "values")}
+            vocabulary = Vocabulary(size=int(archive["size"]), **words)
             return cls(archive["tokens"], archive["heldout"], archive["bytes_of"], vocabulary)

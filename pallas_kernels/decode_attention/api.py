@@ -90,7 +90,9 @@ def _check(q: jax.Array, keys: Loader, values: Loader, valid: jax.Array, slotwis
     for name, loader in (("keys", keys), ("values", values)):
         for leaf in jax.tree.leaves(loader.slots):
             if leaf.shape[0] != batch or leaf.shape[1] not in (1, heads):
-                raise ValueError(f"slots of {name} must lead with [B, K or 1] = [{batch}, {heads} or 1]; got {leaf.shape}")
+                raise ValueError(
+                    f"slots of {name} must lead with [B, K or 1] = [{batch}, {heads} or 1]; got {leaf.shape}"
+                )
             if leaf.shape[2] * loader.block != valid.shape[-1]:
                 raise ValueError(
                     f"{name} hold {leaf.shape[2]} blocks of {loader.block} slots, but valid has {valid.shape[-1]}"

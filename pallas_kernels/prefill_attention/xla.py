@@ -81,9 +81,7 @@ def _together(plan: _Plan, groups: int) -> int:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(
-    plan: _Plan, q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def _attend(plan: _Plan, q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> tuple[jax.Array, jax.Array]:
     """q [lanes, G, T, H], k and v [lanes, T, H], seen [lanes, T] -> out [lanes, G, T, H], lse [lanes, G, T]."""
     return over_lanes(jax.vmap(partial(_forward_lane, plan)), (q, k, v, seen), _together(plan, q.shape[1]))
 
