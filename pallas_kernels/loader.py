@@ -181,7 +181,9 @@ class IntegerLoader(Loader):
     def dot(self, queries: jax.Array) -> jax.Array:
         planes = self._planes()
         parts = jnp.split(queries, len(planes), axis=-1)
-        return sum((_dot(q, plane) for q, plane in zip(parts[1:], planes[1:])), start=_dot(parts[0], planes[0]))
+        return sum(
+            (_dot(q, plane) for q, plane in zip(parts[1:], planes[1:], strict=True)), start=_dot(parts[0], planes[0])
+        )
 
     def mix(self, weights: jax.Array, valid: jax.Array | None) -> jax.Array:
         # A code is always finite, so only scales and zeros of invalid slots have to be silenced.

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+import sys
+import types
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from kvjax.cache.layer_cache import LayerCache
 from kvjax.cache.layout import CacheDims
@@ -15,9 +18,11 @@ from kvjax.cache.step import Step
 DOCS = Path(__file__).parents[1] / "docs"
 
 
-def test_add_a_method_runs() -> None:
+def test_add_a_method_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (DOCS / "add_a_method.md").read_text(), re.DOTALL)
-    names: dict = {"__name__": "add_a_method"}
+    module = types.ModuleType("add_a_method")
+    monkeypatch.setitem(sys.modules, module.__name__, module)  # dataclasses look their module up
+    names = module.__dict__
     for block in blocks:
         exec(compile(block, "docs/add_a_method.md", "exec"), names)
     dims = CacheDims(batch=2, kv_heads=2, query_heads=4, head_dim=8, max_length=24, prompt_length=16, dtype="float32")

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import kvjax
+from kvjax import __version__
 from kvjax.cache.array_folder import Shape, read_arrays, write_arrays
 from kvjax.cache.describe import from_json, to_json
 from kvjax.cache.layer_cache import Phase
@@ -100,7 +100,7 @@ def _describe(cache: ModelCache) -> dict[str, Any]:
     described = {
         "format": FORMAT,
         "version": VERSION,
-        "kvjax": kvjax.__version__,
+        "kvjax": __version__,
         "method": to_json(cache.method),
         "layers": [to_json(layer.dims) for layer in cache.layers],
         "phase": cache.layers[0].phase,
@@ -204,7 +204,7 @@ def _read_document(file: Path) -> dict[str, Any]:
     if document.get("format") != FORMAT or document.get("version") != VERSION:
         raise UsageError(
             f"{file} is {str(document.get('format'))[:40]!r} version {str(document.get('version'))[:20]}, written by "
-            f"kvjax {document.get('kvjax')!s:.20}; kvjax {kvjax.__version__} reads {FORMAT!r} version {VERSION}. "
+            f"kvjax {document.get('kvjax')!s:.20}; kvjax {__version__} reads {FORMAT!r} version {VERSION}. "
             "Use the version that wrote it, or make the cache again."
         )
     return document

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import NDArray
 
 from kvjax.cache.layout import CacheDims, ceil_to
 from kvjax.cache.method import CacheMethod
@@ -62,7 +63,7 @@ def cache_dims(
     ]
 
 
-def pad(rows: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
+def pad(rows: Sequence[Sequence[int] | NDArray[np.int32]], length: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows padded on the right with 0: int32 [B, length], and their lengths int32 [B]."""
     tokens = np.zeros((len(rows), length), np.int32)
     for row, ids in zip(tokens, rows, strict=True):

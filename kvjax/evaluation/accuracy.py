@@ -68,7 +68,8 @@ def warm(batch: Batch, reference: CacheMethod, methods: Mapping[str, CacheMethod
     piece = batch.pieces()[0]
     context = batch.start(reference)
     recorded = _record(batch, context, piece)
-    _grade(piece, *[feed(batch.model, context, piece)[1]] * 2, Tally())
+    predicted = feed(batch.model, context, piece)[1]
+    _grade(piece, predicted, predicted, Tally())
 
     def touch(name: str) -> str:
         context = batch.start(methods[name])

@@ -108,7 +108,7 @@ def check_bytes(cache: ModelCache) -> None:
             )
 
 
-def timed(call: Callable[[], Any], repeats: int = REPEATS, prepare: Callable[[], Any] | None = None) -> Timing:
+def timed(call: Callable[..., Any], repeats: int = REPEATS, prepare: Callable[[], Any] | None = None) -> Timing:
     """Runs `call` once to warm up and then `repeats` times, blocked until ready.
 
     `prepare`, if given, makes the argument of each call outside of the measured time.

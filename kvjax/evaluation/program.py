@@ -11,6 +11,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from kvjax.cache.layer_cache import LayerCache
 from kvjax.cache.layout import CacheDims
@@ -30,7 +31,7 @@ def record_prompt(
     empty = tuple(PromptRecorder(jnp.zeros_like(lengths)) for _ in range(module.config.num_layers))
     valid = jnp.arange(tokens.shape[1]) < lengths[:, None]
     logits, layers = module.apply({"params": params}, tokens, cache=empty, valid=valid, logits_at=lengths - 1)
-    return logits[:, 0], layers
+    return logits[:, 0], layers  # pyright: ignore[reportReturnType]
 
 
 def compress(
@@ -60,7 +61,13 @@ def _anonymous(dims: CacheDims) -> CacheDims:
 
 @partial(jax.jit, static_argnames=("module",), donate_argnames=("cache",))
 def feed(
-    module: Transformer, params: PyTree, cache: ModelCache, logits: Array, tokens: Array, lengths: Array, steps: Array
+    module: Transformer,
+    params: PyTree,
+    cache: ModelCache,
+    logits: Array,
+    tokens: Array,
+    lengths: Array,
+    steps: ArrayLike,
 ) -> tuple[ModelCache, Array]:
     """Appends tokens one by one, as decoding does, and keeps what the model predicted before each of them.
 
@@ -99,7 +106,7 @@ class LayerRecording:
 
 @partial(jax.jit, static_argnames=("module",))
 def record_steps(
-    module: Transformer, params: PyTree, cache: ModelCache, tokens: Array, lengths: Array, steps: Array
+    module: Transformer, params: PyTree, cache: ModelCache, tokens: Array, lengths: Array, steps: ArrayLike
 ) -> tuple[LayerRecording, ...]:
     """What every layer was handed and gave back while `feed` would run; zeros beyond `steps`."""
 
@@ -107,7 +114,7 @@ def record_steps(
         valid = (i < lengths)[:, None]
         token = jax.lax.dynamic_slice_in_dim(tokens, i, 1, axis=1)
         fresh = tuple(StepRecorder(layer) for layer in layers)
-        return module.apply({"params": params}, token, cache=fresh, valid=valid)[1]
+        return module.apply({"params": params}, token, cache=fresh, valid=valid)[1]  # pyright: ignore[reportReturnType]
 
     def one(layers: tuple[LayerCache, ...], i: Array) -> tuple[tuple[LayerCache, ...], tuple[RecordedStep, ...]]:
         after = recorders(layers, i)
@@ -121,15 +128,16 @@ def record_steps(
     shapes = jax.eval_shape(one, cache.layers, jnp.int32(0))[1]
     kept = jax.tree.map(lambda s: jnp.zeros((tokens.shape[1], *s.shape), s.dtype), shapes)
     kept = jax.lax.fori_loop(0, steps, body, (cache.layers, kept))[1]
-    projections = [r.seen.step.output_projection for r in recorders(cache.layers, jnp.int32(0))]
+    projections = [r.seen and r.seen.step.output_projection for r in recorders(cache.layers, jnp.int32(0))]
     return tuple(map(LayerRecording, kept, projections))
 
 
-def _without_projection(seen: RecordedStep) -> RecordedStep:
+def _without_projection(seen: RecordedStep | None) -> RecordedStep:
+    assert seen is not None
     return dataclasses.replace(seen, step=dataclasses.replace(seen.step, output_projection=None))
 
 
-def attention_errors(cache: ModelCache, recorded: tuple[LayerRecording, ...], steps: Array) -> Array:
+def attention_errors(cache: ModelCache, recorded: tuple[LayerRecording, ...], steps: ArrayLike) -> Array:
     """Relative error of each layer's attention output when `cache` is handed the recorded steps, f32 [L].
 
     The root of the summed squared difference over the summed squared recorded output, over all valid tokens and heads.
@@ -140,7 +148,7 @@ def attention_errors(cache: ModelCache, recorded: tuple[LayerRecording, ...], st
 
 
 @jax.jit
-def _layer_error(cache: LayerCache, recorded: LayerRecording, steps: Array) -> Array:
+def _layer_error(cache: LayerCache, recorded: LayerRecording, steps: ArrayLike) -> Array:
     def one(i: Array, carry: tuple[LayerCache, Array, Array]) -> tuple[LayerCache, Array, Array]:
         cache, error, norm = carry
         now = jax.tree.map(lambda leaf: leaf[i], recorded.seen)

@@ -26,7 +26,7 @@ def run(
     reduce: str,
 ) -> jax.Array:
     """See `api.attention_mass`."""
-    batch, heads, groups, tokens, dim = q.shape
+    batch, heads, groups, tokens, _ = q.shape
     slots = k.shape[2]
     block = min(tokens, max(8, CACHE_BYTES // (2 * 4 * groups * slots)))
     padding = -tokens % block

@@ -90,7 +90,7 @@ def _by_rows(
 
 def _dot(loader: Loader, q: jax.Array) -> jax.Array:
     """f32 [B, K, R, S]: inner products of q [B, K, R, H] with all slots."""
-    lanes, loader, rows = _arrange(loader, q)
+    _, loader, rows = _arrange(loader, q)
     if loader.reads_in_place:
         logits = loader.dot(rows)
     else:
@@ -192,10 +192,8 @@ def _concatenated(piece: Callable[[Any, int], jax.Array], total: int, chunk: int
 def _summed(piece: Callable[[Any, int], jax.Array], total: int, chunk: int) -> jax.Array:
     """The sum of all pieces, which have one shape."""
     whole, rest = divmod(total, chunk)
-    out = piece(total - rest, rest) if rest else None
-    if whole == 1:
-        first = piece(0, chunk)
-        return first if out is None else out + first
-    if out is None:
-        out = jnp.zeros_like(jax.eval_shape(lambda: piece(0, chunk)))
-    return jax.lax.fori_loop(0, whole, lambda i, total: total + piece(i * chunk, chunk), out)
+    # Pieces start the sum, not zeros: inside `shard_map` it must vary over the mesh like what is added in the loop.
+    out = piece(0, chunk)
+    if rest:
+        out = out + piece(total - rest, rest)
+    return jax.lax.fori_loop(1, whole, lambda i, total: total + piece(i * chunk, chunk), out) if whole > 1 else out

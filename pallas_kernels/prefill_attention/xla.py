@@ -62,7 +62,7 @@ def run(
         return x.reshape(batch * heads, *x.shape[2:])
 
     seen = jnp.repeat(jnp.pad(valid, [(0, 0), (0, padded - tokens)]), heads, axis=0)
-    out, lse = _attend(plan, prepare(q, scale), prepare(k), prepare(v), seen)
+    out, lse = _attend(plan, prepare(q, scale), prepare(k), prepare(v), seen)  # pyright: ignore[reportGeneralTypeIssues]
     out = out[:, :, :tokens].reshape(batch, heads, groups, tokens, dim)
     lse = lse[:, :, :tokens].reshape(batch, heads, groups, tokens)
     return out.astype(q.dtype), lse
@@ -86,12 +86,12 @@ def _attend(plan: _Plan, q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Arr
     return over_lanes(jax.vmap(partial(_forward_lane, plan)), (q, k, v, seen), _together(plan, q.shape[1]))
 
 
-def _forward(plan: _Plan, q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array):  # noqa: ANN202
-    out, lse = _attend(plan, q, k, v, seen)
+def _forward(plan: _Plan, q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array):
+    out, lse = _attend(plan, q, k, v, seen)  # pyright: ignore[reportGeneralTypeIssues]
     return (out, lse), (q, k, v, seen, out, lse)
 
 
-def _backward(plan: _Plan, saved: tuple[jax.Array, ...], cotangents: tuple[jax.Array, jax.Array]):  # noqa: ANN202
+def _backward(plan: _Plan, saved: tuple[jax.Array, ...], cotangents: tuple[jax.Array, jax.Array]):
     args = (*saved, *cotangents)
     dq, dk, dv = over_lanes(jax.vmap(partial(_backward_lane, plan)), args, _together(plan, saved[0].shape[1]))
     return dq, dk, dv, None
@@ -136,7 +136,7 @@ def _forward_lane(
     for start, end, first in plan.spans():
         keys, values, mask = k[first:end], v[first:end], seen[first:end]
 
-        def block(args, keys=keys, values=values, mask=mask, first=first):  # noqa: ANN001, ANN202
+        def block(args, keys=keys, values=values, mask=mask, first=first):
             queries, first_query = args
             logits = _logits(plan, queries, keys, mask, first_query, first)
             top = finite_max(logits)
@@ -173,7 +173,7 @@ def _backward_lane(
     for start, end, first in plan.spans():
         keys, values, mask = k[first:end], v[first:end], seen[first:end]
 
-        def block(carry, args, keys=keys, values=values, mask=mask, first=first):  # noqa: ANN001, ANN202
+        def block(carry, args, keys=keys, values=values, mask=mask, first=first):
             dkeys, dvalues = carry
             first_query, queries, douts, shifts, log_totals = args
             logits = _logits(plan, queries, keys, mask, first_query, first)

@@ -107,10 +107,11 @@ class Integer(Codec):
         inside = jnp.where(jnp.isnan(x), low, jnp.clip(x, low, high))
         codes = jnp.clip(jnp.round((inside - base) / step), 0, 2**self.bits - 1).astype(jnp.uint8)
 
-        def squeeze(a: Array | None) -> Array | None:
-            return None if a is None else a.reshape(*a.shape[:-2], -1)
+        def squeeze(a: Array) -> Array:
+            return a.reshape(*a.shape[:-2], -1)
 
-        return IntegerStore(pack(codes.reshape(*codes.shape[:-2], head_dim), self.bits), squeeze(scale), squeeze(zero))
+        packed = pack(codes.reshape(*codes.shape[:-2], head_dim), self.bits)
+        return IntegerStore(packed, squeeze(scale), None if zero is None else squeeze(zero))
 
     def loader(self, store: IntegerStore) -> IntegerLoader:
         return IntegerLoader(store.codes, store.scale, store.zero, self.bits)
