@@ -156,7 +156,7 @@ def _names(path: Any) -> tuple[str, ...]:
 
 
 def place(tree: PyTree, specs: PyTree, mesh: Mesh) -> PyTree:
-    """Puts arrays where their PartitionSpecs say; inside jit a constraint."""
+    """Puts arrays where their PartitionSpecs say; inside jit a constraint. A shard that is there is not copied."""
     return jax.device_put(tree, jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs))
 
 
@@ -234,7 +234,10 @@ class Sharded:
 
 
 def shard_cache(cache: ModelCache, mesh: Mesh, rules: ShardingRules = ShardingRules()) -> ModelCache:
-    """A model's cache spread over the mesh, every layer `Sharded`; inside jit too."""
+    """A model's cache spread over the mesh, every layer `Sharded`; inside jit too.
+
+    The result takes over buffers of `cache`: go on with one of them only, or give `cache.fork()`.
+    """
     placed = place(cache, cache_specs(cache, mesh, rules), mesh)
     return dataclasses.replace(placed, layers=tuple(Sharded(layer, mesh, rules) for layer in placed.layers))
 

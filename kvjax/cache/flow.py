@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import jax
@@ -75,26 +77,43 @@ def _body_positions(cache: LayerCache, prompt: Prompt, left_ring: Array) -> Arra
     return jnp.where(ordered < tokens, ordered, EMPTY).astype(jnp.int32)
 
 
-def append(cache: LayerCache, step: Step, stats: Array | None) -> LayerCache:
-    """Appends T tokens (those that are valid) in order; stats f32 [B, K, T] or None."""
+def append(cache: LayerCache, step: Step, stats: Array | None, after: Array) -> LayerCache:
+    """Appends T tokens (those that are valid) in order; stats f32 [B, K, T] or None.
+
+    What is written is made to depend on `after`, the attention output. Without that nothing orders the reads of a
+    donated cache before its writes, and XLA copies every store in each step.
+    """
     keys = step.keys.swapaxes(1, 2)
     if cache.method.positions == "original":
         keys = rotate(step, keys)
     tokens = (keys.swapaxes(1, 2), step.values, None if stats is None else stats.swapaxes(1, 2), step.valid)
+    total = jnp.sum(after.astype(jnp.float32))
+    ordered = functools.partial(jnp.where, jnp.isnan(total) & jnp.isinf(total), 0.0)  # never true; XLA cannot know
     seen = cache.length + step.valid.sum(-1, dtype=jnp.int32)
     if step.valid.shape[1] == 1:
-        return _append_one(cache, seen, *jax.tree.map(lambda x: x[:, 0], tokens))
+        return _append_one(cache, ordered, seen, *jax.tree.map(lambda x: x[:, 0], tokens))
     by_token = jax.tree.map(lambda x: x.swapaxes(0, 1), tokens)
-    cache, _ = jax.lax.scan(lambda c, t: (_append_one(c, seen, *t), None), cache, by_token)
+    cache, _ = jax.lax.scan(lambda c, t: (_append_one(c, ordered, seen, *t), None), cache, by_token)
     return cache
 
 
 def _append_one(
-    cache: LayerCache, seen: Array, key: Array, value: Array, stat: Array | None, valid: Array
+    cache: LayerCache,
+    ordered: Callable[[Array], Array],
+    seen: Array,
+    key: Array,
+    value: Array,
+    stat: Array | None,
+    valid: Array,
 ) -> LayerCache:
     """key, value [B, K, H]; stat f32 [B, K]; valid bool [B]; seen as in `Slots`."""
     layout, position = cache.layout, cache.length
-    token = (key[:, :, None], value[:, :, None], position[:, None, None], None if stat is None else stat[..., None])
+    token = (
+        ordered(key[:, :, None]),
+        ordered(value[:, :, None]),
+        position[:, None, None],
+        None if stat is None else stat[..., None],
+    )
     past_sinks = valid & (position >= layout.sinks)
     if cache.sinks is not None:
         slot = jnp.where(valid & ~past_sinks, position, layout.sinks)
@@ -107,7 +126,8 @@ def _append_one(
         beyond = position - layout.sinks - cache.ring
         leaves = past_sinks & (beyond >= 0) & (beyond % layout.block == 0)
         if cache.body is not None:
-            cache = _insert(cache, seen, *ring.read(slot, layout.block), leaves)
+            keys, values, positions, stats = ring.read(slot, layout.block)
+            cache = _insert(cache, seen, ordered(keys), ordered(values), positions, stats, leaves)
         left = jnp.where(leaves, slot // layout.block, layout.ring)[:, None]
         entered = jnp.where(past_sinks, slot, layout.ring)[:, None]
         recent = ring.clear(left, layout.block).write(*token, entered, 1)

@@ -115,11 +115,10 @@ class LayerCache:
             output, log_sum_exp = attend_prompt(step)
             return output, self.absorb_prompt(step, log_sum_exp)
         output, observed, new_stats = read_cache(self, step)
-        step = dataclasses.replace(step, valid=_after(step.valid, output))
         phase: Phase = (
             "prompt" if self.phase in ("empty", "prompt") and self.method.prefill == "streaming" else "decode"
         )
-        return output, flow.append(dataclasses.replace(observed, phase=phase), step, new_stats)
+        return output, flow.append(dataclasses.replace(observed, phase=phase), step, new_stats, after=output)
 
     def absorb_prompt(self, step: Step, log_sum_exp: Array) -> LayerCache:
         """Compresses a prompt whose exact attention is already known; log_sum_exp f32 [B, K, G, T]."""
@@ -142,12 +141,3 @@ class LayerCache:
     def end_prompt(self) -> LayerCache:
         """Marks the end of a streaming prefill: from here on what `every` says holds."""
         return dataclasses.replace(self, phase="decode")
-
-
-def _after(valid: Array, output: Array) -> Array:
-    """`valid`, in a form that XLA can only know once `output` is computed.
-
-    Without it nothing orders the reads of a donated cache before its writes, and XLA copies every store in each step.
-    """
-    total = jnp.sum(output.astype(jnp.float32))
-    return valid & ~(jnp.isnan(total) & jnp.isinf(total))

@@ -129,12 +129,13 @@ class CacheMethod:
         return Layout(self.block, self.sinks, ring, min(kept, most), min(kept + growth + spare, most))
 
     def _check_kept(self, tokens: int, ring: int, kept: int, dims: CacheDims) -> None:
-        least = self.sinks + ring + (self.block if self.policy.per_head else 0)
+        needs_body = self.policy.per_head or (self.keys, self.values) != (EXACT, EXACT)
+        least = self.sinks + ring + (self.block if needs_body else 0)
         if self.budget.relative or tokens >= min(least, dims.prompt_length):
             return
         raise UsageError(
             f"method {self.name!r}: a budget of {tokens} tokens does not hold {self.sinks} sinks, a recent window of "
-            f"{ring} slots (recent={self.recent}, block={self.block}) and at least one block for the policy to choose. "
+            f"{ring} slots (recent={self.recent}, block={self.block}) and at least one block for the policy and the codecs. "
             f"Raise the budget to {least} tokens or more, or shrink the sinks, the recent window or the codec's group."
         )
 

@@ -73,6 +73,8 @@ class Segment:
         keys, values [B, K, n, H]; positions int32 [B, K or 1, n] with -1 for tokens that do not exist; stats [B, K, n].
         """
         n = positions.shape[-1]
+        if n == 0:
+            return self
         exists = (positions >= 0)[..., None]
         fresh = {
             "keys": self.key_codec.encode(jnp.where(exists, keys, 0)),

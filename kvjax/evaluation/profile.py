@@ -94,7 +94,7 @@ def measure(batch: Batch, method: CacheMethod, one_pass: Timing) -> Cost:
         tokens_held=_held(cache),
         prefill=prefill.after(one_pass) if method.prefill == "exact" else prefill,
         decode=_time_decode(batch, method),
-        note=_no_op(cache, method),
+        note=no_op(cache, method),
     )
 
 
@@ -108,18 +108,28 @@ def check_bytes(cache: ModelCache) -> None:
             )
 
 
-def timed(call: Callable[..., Any], repeats: int = REPEATS, prepare: Callable[[], Any] | None = None) -> Timing:
-    """Runs `call` once to warm up and then `repeats` times, blocked until ready.
+def no_op(cache: ModelCache, method: CacheMethod) -> str:
+    """Says so where a method that evicts holds every token, or one that codes holds no token in its code."""
+    codes = (method.keys, method.values) != (Identity(), Identity())
+    evicted = method.budget.evicts and _held(cache) < float(np.mean(np.asarray(cache.lengths)))
+    coded = codes and _held(cache, _is_coded) > 0
+    if evicted or coded or not (method.budget.evicts or codes):
+        return "evicts nothing" if coded and method.budget.evicts and not evicted else ""
+    return "no-op: nothing to compress"
+
+
+def timed(call: Callable[..., Any], prepare: Callable[[], Any] | None = None) -> Timing:
+    """Runs `call` once to warm up and then REPEATS times, blocked until ready.
 
     `prepare`, if given, makes the argument of each call outside of the measured time.
     """
     spans = []
-    for _ in range(repeats + 1):
+    for _ in range(REPEATS + 1):
         arguments = [] if prepare is None else [jax.block_until_ready(prepare())]
         start = time.perf_counter()
         jax.block_until_ready(call(*arguments))
         spans.append(1e3 * (time.perf_counter() - start))
-    low, median, high = statistics.quantiles(spans[1:], n=4) if repeats > 1 else spans[1:] * 3
+    low, median, high = statistics.quantiles(spans[1:], n=4, method="inclusive")
     return Timing(median, low, high)
 
 
@@ -145,13 +155,3 @@ def _held(cache: ModelCache, of: Callable[[Segment], bool] = lambda _: True) -> 
 
 def _is_coded(segment: Segment) -> bool:
     return (segment.key_codec, segment.value_codec) != (Identity(), Identity())
-
-
-def _no_op(cache: ModelCache, method: CacheMethod) -> str:
-    """Says so where a method that evicts holds every token, or one that codes holds no token in its code."""
-    codes = (method.keys, method.values) != (Identity(), Identity())
-    evicted = method.budget.evicts and _held(cache) < float(np.mean(np.asarray(cache.lengths)))
-    coded = codes and _held(cache, _is_coded) > 0
-    if evicted or coded or not (method.budget.evicts or codes):
-        return "evicts nothing" if coded and method.budget.evicts and not evicted else ""
-    return "no-op: nothing to compress"

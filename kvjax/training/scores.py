@@ -18,31 +18,30 @@ def greedy(forward: Forward, params: PyTree, examples: Iterable[Example], batch:
     """What greedy decoding gives for each example: int32 [len(answer)] each. All examples have one total length.
 
     One forward pass scores every answer token behind the true ones before it. As long as all are right, that
-    is greedy decoding; from the first wrong one on, the pass is repeated with what the model itself said.
+    is greedy decoding; rows with a wrong one get further passes with what the model itself said up to there.
     """
-    predict = _predictor(forward)
-    done: list[np.ndarray] = []
     examples = list(examples)
-    for start in range(0, len(examples), batch):
-        group = examples[start : start + batch]
-        rows = np.stack([np.concatenate([e.context, e.question, e.answer]) for e in group])
-        rows = np.pad(rows, ((0, batch - len(group)), (0, 0)), mode="edge")
-        done += _settle(partial(predict, params), rows, len(group[0].answer))[: len(group)]
-    return done
-
-
-def _settle(predict: Callable[[Array], Array], rows: np.ndarray, size: int) -> list[np.ndarray]:
-    """Repeats the pass until every row's last `size` tokens are the model's own greedy choice."""
-    rows = rows.copy()
+    rows = np.stack([np.concatenate([e.context, e.question, e.answer]) for e in examples])
+    size = len(examples[0].answer)
+    predict = partial(_predictor(forward), params)
+    pending = np.arange(len(rows))
     for _ in range(size):
-        said = np.asarray(predict(jnp.asarray(rows[:, :-1])))[:, -size:]
-        wrong = said != rows[:, -size:]
-        if not wrong.any():
-            break
+        said = _batched(predict, rows[pending, :-1], batch)[:, -size:]
+        wrong = said != rows[pending, -size:]
         first = np.where(wrong.any(1), wrong.argmax(1), size)
         settled = np.arange(size)[None] <= first[:, None]
-        rows[:, -size:] = np.where(settled, said, rows[:, -size:])
+        rows[pending, -size:] = np.where(settled, said, rows[pending, -size:])
+        pending = pending[first < size - 1]
+        if not len(pending):
+            break
     return list(rows[:, -size:])
+
+
+def _batched(predict: Callable[[Array], Array], rows: np.ndarray, batch: int) -> np.ndarray:
+    """`predict` on a few rows at a time, always the same number."""
+    padded = np.pad(rows, ((0, -len(rows) % batch), (0, 0)), mode="edge")
+    parts = [np.asarray(predict(jnp.asarray(part))) for part in np.split(padded, len(padded) // batch)]
+    return np.concatenate(parts)[: len(rows)]
 
 
 def _predictor(forward: Forward) -> Callable[[PyTree, Array], Array]:

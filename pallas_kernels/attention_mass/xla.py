@@ -44,7 +44,7 @@ def run(
         return x.reshape(batch * heads, *x.shape[2:])
 
     args = (
-        lanes(queries(q.astype(jnp.float32) * scale, 3)),
+        lanes(queries(jnp.where(query_valid[:, None, None, :, None], q.astype(jnp.float32) * scale, 0.0), 3)),
         lanes(queries(lse, 3, jnp.inf)),
         lanes(queries(query_positions, 1)[:, None]),
         lanes(k),

@@ -100,24 +100,30 @@ def _dot(loader: Loader, q: jax.Array) -> jax.Array:
 
 def _mix(loader: Loader, weights: jax.Array, valid: jax.Array) -> jax.Array:
     """f32 [B, K, R, H]: all slots summed with weights [B, K, R, S]; valid is bool [B, K or 1, S]."""
-    batch, heads = weights.shape[:2]
-    lanes, loader, rows = _arrange(loader, weights)
-    if lanes == (batch, 1):  # one store for all heads: a slot that any of them sees holds a token
-        seen = jnp.any(valid, axis=1, keepdims=True)
-    else:
-        seen = jnp.broadcast_to(valid, (batch, heads, valid.shape[2])).reshape(*lanes, -1)
+    lanes, arranged, rows = _arrange(loader, weights)
 
     def masked() -> jax.Array:
-        return _by_chunk(loader, (rows, seen), lambda part, own, at: part.mix(at(own[0]), at(own[1])), _summed)
+        # Arranged anew: XLA gives what enters a branch a layout of its own, and would copy the arranged slots.
+        _, arranged, rows = _arrange(loader, weights)
+        seen = _arrange_valid(valid, weights.shape[1], lanes)
+        return _by_chunk(arranged, (rows, seen), lambda part, own, at: part.mix(at(own[0]), at(own[1])), _summed)
 
     if loader.reads_in_place:
         # Leaving slots out costs a copy of all values. It matters only where an invalid slot holds a NaN or an
         # infinity, and then the plain sum shows it, because 0 times either is NaN.
-        plain = loader.mix(rows, None)
+        plain = arranged.mix(rows, None)
         out = jax.lax.cond(jnp.all(jnp.isfinite(plain)), lambda: plain, masked)
     else:
         out = masked()
     return out.reshape(*weights.shape[:3], -1)
+
+
+def _arrange_valid(valid: jax.Array, heads: int, lanes: tuple[int, int]) -> jax.Array:
+    """bool [lanes, heads, S] from [B, K or 1, S]."""
+    batch = valid.shape[0]
+    if lanes == (batch, 1):  # one store for all heads: a slot that any of them sees holds a token
+        return jnp.any(valid, axis=1, keepdims=True)
+    return jnp.broadcast_to(valid, (batch, heads, valid.shape[2])).reshape(*lanes, -1)
 
 
 def _arrange(loader: Loader, rows: jax.Array) -> tuple[tuple[int, int], Loader, jax.Array]:
@@ -153,7 +159,7 @@ def _by_chunk(loader: Loader, own: Any, read: Callable[..., jax.Array], join: Ca
         def piece(start: Any, size: int) -> jax.Array:
             def cut(x: jax.Array) -> jax.Array:
                 begin = (first, 0, start, *(0,) * (x.ndim - 3))
-                return jax.lax.dynamic_slice(x, begin, (together, x.shape[1], size, *x.shape[3:]))
+                return _slice(x, begin, (together, x.shape[1], size, *x.shape[3:]))
 
             def at(x: jax.Array) -> jax.Array:
                 return jax.lax.dynamic_slice_in_dim(x, start * loader.block, size * loader.block, axis=-1)
@@ -166,6 +172,22 @@ def _by_chunk(loader: Loader, own: Any, read: Callable[..., jax.Array], join: Ca
         return visit(0)
     out = jax.lax.map(visit, jnp.arange(0, lanes, together))
     return out.reshape(lanes, *out.shape[2:])
+
+
+def _slice(x: jax.Array, begin: tuple[Any, ...], sizes: tuple[int, ...]) -> jax.Array:
+    """`dynamic_slice` that reads only what it returns, also of 16- and 8-bit floating dtypes on a CPU.
+
+    XLA on a CPU has no arithmetic in these dtypes, counts a slice as such, and would widen all of `x` to float32
+    before the loop. A slice of its bits it leaves alone; the barrier keeps the view as bits inside the loop, because
+    outside it would be a copy.
+    """
+    if sizes == x.shape:
+        return x
+    if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize > 2:
+        return jax.lax.dynamic_slice(x, begin, sizes)
+    x, begin = jax.lax.optimization_barrier((x, begin))
+    bits = jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16}[x.dtype.itemsize])
+    return jax.lax.bitcast_convert_type(jax.lax.dynamic_slice(bits, begin, sizes), x.dtype)
 
 
 def _sizes(lanes: int, blocks: int, block_bytes: int) -> tuple[int, int]:

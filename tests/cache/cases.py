@@ -59,7 +59,7 @@ COMPOSED = (
     "h2o:share=50%+int8",
     "snapkv:tokens=48,window=8+kivi-2:group=16",
     "snapkv:share=50%,window=8,pool=max+int8:symmetric=true",
-    "streaming_llm:tokens=48+kivi-2:group=16",
+    "streaming_llm:tokens=56+kivi-2:group=16",
     "random:share=50%+int2",
 )
 

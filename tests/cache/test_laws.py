@@ -183,7 +183,7 @@ ALONE = (
     "random:share=50%+int2",
     "snapkv:share=50%,window=8,pool=max+int8:symmetric=true",
     "kivi-2:residual=32",
-    "streaming_llm:tokens=48+kivi-2:group=16",
+    "streaming_llm:tokens=56+kivi-2:group=16",
     "streaming-prefill-h2o",
     "every-4",
 )
@@ -228,10 +228,10 @@ def test_no_row_ever_holds_more_than_its_budget(name: str) -> None:
 
 @pytest.mark.parametrize("name", EVICTING)
 def test_budgets_are_used(name: str) -> None:
-    """The longest row fills its budget up to one block: a budget is what is kept, not a mere bound."""
+    """The longest row fills its budget up to two blocks, one by which the ring rises and falls and one of rounding."""
     method, result = EVICTING[name], result_of(name)
     counts = (np.asarray(result.held[0, 0]) >= 0).sum(-1)
-    assert (counts > method.budget.tokens(64) - method.block).all()
+    assert (counts > method.budget.tokens(64) - max(2 * method.block - 1, 1)).all()
 
 
 def test_the_full_method_keeps_everything() -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import pytest
 
 from kvjax.assets import REFERENCE
+from kvjax.evaluation import contender, profile
 from kvjax.evaluation.setting import Setting
 from kvjax.evaluation.workload import Source
 from kvjax.models.config import RopeConfig, TransformerConfig
@@ -42,11 +41,18 @@ def source(model: LanguageModel) -> Source:
     return Source(model)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def setting() -> Setting:
-    return Setting(context=128, room=32, batch=2, dtype="float32")
+    """The shapes of nearly all tests here, so that they share compiled programs."""
+    return Setting(context=128, room=32, batch=2)
 
 
 @pytest.fixture
-def exact_bf16(setting: Setting) -> Setting:
-    return dataclasses.replace(setting, dtype="bfloat16")
+def lone(monkeypatch) -> None:
+    """No baselines besides the full cache."""
+    monkeypatch.setattr(contender, "BASELINES", ("full",))
+
+
+@pytest.fixture(autouse=True)
+def few_repeats(monkeypatch) -> None:
+    monkeypatch.setattr(profile, "REPEATS", 2)

@@ -15,7 +15,6 @@ import pytest
 
 import experiments
 import kvjax
-import kvjax.evaluation.profile
 from experiments import compare, compile_cache, demo, generate
 from kvjax.cache import methods
 from kvjax.errors import UsageError
@@ -26,7 +25,6 @@ from kvjax.evaluation.workload import expand
 @pytest.fixture(autouse=True)
 def tiny(model, monkeypatch):
     monkeypatch.setattr(kvjax, "load", lambda name: model, raising=False)
-    monkeypatch.setattr(kvjax.evaluation.profile, "REPEATS", 2)
 
 
 def config(folder: Path, **changes) -> compare.Config:
@@ -46,7 +44,7 @@ def lines(folder: Path) -> list[dict]:
 
 
 def test_a_sweep_that_died_skips_what_it_finished(tmp_path, monkeypatch, capsys):
-    folder, wanted = tmp_path / "run", 4 * 2 * 2
+    folder, wanted = tmp_path / "run", 5 * 2 * 2
     from experiments import record
 
     append, written = record.Run.append, []
@@ -65,15 +63,15 @@ def test_a_sweep_that_died_skips_what_it_finished(tmp_path, monkeypatch, capsys)
     keys = [(r["method"], r["task"], r["context"], r["seed"]) for r in lines(folder)]
     assert len(keys) == len(set(keys)) == wanted == len(written)
     out = capsys.readouterr().out
-    assert "int2" in out and str(folder / "report.html") in out
+    assert "int8" in out and str(folder / "report.html") in out
     assert (folder / "report.html").is_file()
     assert json.loads((folder / "run.json").read_text())["exit"] == "finished"
 
 
 def test_another_configuration_may_not_go_on_in_a_run_folder(tmp_path):
-    compare.main(config(tmp_path / "run", context=(96,), tasks=("needle",)))
+    compare.main(config(tmp_path / "run", tasks=("needle",)))
     with pytest.raises(UsageError, match="another configuration"):
-        compare.main(config(tmp_path / "run", context=(96,), tasks=("kv",)))
+        compare.main(config(tmp_path / "run", tasks=("kv",)))
 
 
 def test_nothing_is_made_for_a_comparison_that_cannot_run(tmp_path):

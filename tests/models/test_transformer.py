@@ -51,13 +51,14 @@ run = jax.jit(LanguageModel.apply)
 
 
 def test_init_makes_the_documented_tree() -> None:
-    fields = {"qkv_bias": True, "qk_norm": True, "sandwich_norm": True, "norm_offset": 1.0}
-    config = dataclasses.replace(CONFIG, **fields)
+    config = dataclasses.replace(
+        CONFIG, num_layers=1, windows=(), qkv_bias=True, qk_norm=True, sandwich_norm=True, norm_offset=1.0
+    )
     params = jax.jit(Transformer(config, jnp.bfloat16).init)(jax.random.key(0), TOKENS[:1, :2])["params"]
     model = LanguageModel(config, params)
     shapes = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves(model)}
     assert shapes["embed/embedding"] == (30, 24) and shapes["head/kernel"] == (24, 30)
-    assert shapes["layers_1/attention/q/kernel"] == (24, 4, 8) and shapes["layers_1/attention/o/kernel"] == (4, 8, 24)
+    assert shapes["layers_0/attention/q/kernel"] == (24, 4, 8) and shapes["layers_0/attention/o/kernel"] == (4, 8, 24)
     assert shapes["layers_0/attention/k/bias"] == (2, 8) and shapes["layers_0/attention/q_norm/scale"] == (8,)
     assert shapes["layers_0/mlp/down/kernel"] == (32, 24) and shapes["layers_0/mlp_output_norm/scale"] == (24,)
     assert {leaf.dtype for _, leaf in leaves(model)} == {jnp.dtype(jnp.bfloat16)}
@@ -72,9 +73,9 @@ def leaves(model: LanguageModel) -> list[Any]:
 
 
 def test_tied_embeddings_have_no_head_and_use_the_table() -> None:
-    model = make(tied_embeddings=True)
+    model = make(num_layers=1, windows=(), tied_embeddings=True)
     assert "head" not in model.params
-    untied = make()
+    untied = make(num_layers=1, windows=())
     head = {"head": {"kernel": model.params["embed"]["embedding"].T}}
     same = dataclasses.replace(untied, params=model.params | head)
     np.testing.assert_allclose(run(model, TOKENS)[0], run(same, TOKENS)[0], atol=1e-5)
@@ -168,7 +169,9 @@ def test_a_cache_gets_one_complete_step_per_layer() -> None:
 
 
 def test_gradients_reach_every_parameter() -> None:
-    model = make(qkv_bias=True, output_bias=True, mlp_bias=True, qk_norm=True, sandwich_norm=True, logit_softcap=5.0)
+    biases = {"qkv_bias": True, "output_bias": True, "mlp_bias": True}
+    norms = {"qk_norm": True, "sandwich_norm": True, "logit_softcap": 5.0}
+    model = make(num_layers=1, windows=(5,), **biases, **norms)
 
     @jax.jit
     @jax.grad

@@ -122,7 +122,7 @@ def test_what_lies_where() -> None:
 def test_what_the_mesh_does_not_divide_is_replicated_and_still_right(data: int, model: int, keys: P) -> None:
     """4 kv heads on 8 devices; 4 rows on 8 devices; and a part of the devices."""
     mesh = make_mesh(data, model)
-    cache = shard_cache(prefilled("full")[1], mesh)[0]
+    cache = shard_cache(prefilled("full")[1].fork(), mesh)[0]
     assert cache_specs(cache.cache, mesh).body.keys == keys
     assert cache.cache.body.keys.sharding.is_fully_replicated == (data * model == 8)
     step = jax.tree.map(lambda x: x[0], decode_steps())

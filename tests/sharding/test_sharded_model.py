@@ -40,10 +40,11 @@ TOKENS = np.random.default_rng(0).integers(0, 64, (B, PROMPT + STEPS), np.int32)
 
 @functools.cache
 def params_of(config: TransformerConfig):
-    return Transformer(config).init(jax.random.key(0), TOKENS[:, :2])["params"]
+    init = jax.jit(Transformer(config).init, compiler_options=FAST_COMPILE)
+    return init(jax.random.key(0), TOKENS[:, :2])["params"]
 
 
-def empty_cache(config: TransformerConfig, method: str = "h2o:tokens=16+int8") -> ModelCache:
+def empty_cache(config: TransformerConfig, method: str = "h2o:tokens=16") -> ModelCache:
     dims = [
         CacheDims(B, config.num_kv_heads, config.num_heads, config.head_dim, PROMPT + STEPS, PROMPT, "float32", None, i)
         for i in range(config.num_layers)

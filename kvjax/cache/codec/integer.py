@@ -71,8 +71,10 @@ class Integer(Codec):
             raise UsageError(f"Integer codes have {', '.join(map(str, WIDTHS))} bits; got bits={self.bits!r}.")
         if self.axis not in ("token", "channel"):
             raise unknown("axis of Integer", self.axis, ("token", "channel"))
-        if self.group is not None and self.group < 1:
+        if self.group is not None and (not isinstance(self.group, int) or self.group < 1):
             raise UsageError(f"Integer needs a group of at least 1 element, or None; got group={self.group!r}.")
+        if not isinstance(self.symmetric, bool):
+            raise UsageError(f"Integer's symmetric is true or false; got {self.symmetric!r}.")
 
     @property
     def block(self) -> int:
