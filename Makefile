@@ -9,6 +9,7 @@ PYTHON ?= $(shell .ci/find-python 3.11 3.12 3.13 || .ci/find-python)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 TORCH ?= torch==2.13.0
+WORKERS ?= 2
 
 help:
 	@echo 'make demo       compare cache methods on the shipped model; prints where the report is'
@@ -46,7 +47,7 @@ lint: .venv/.installed-test
 	@$(BIN)/basedpyright --warnings
 
 test-fast: .venv/.installed-test
-	@$(BIN)/python -m pytest -m 'not slow'
+	@$(BIN)/python -m pytest -m 'not slow' --numprocesses $(WORKERS) --dist loadfile
 
 test-slow: .venv/.installed-test
 	@$(BIN)/python -m pytest -m slow

@@ -135,7 +135,7 @@ class CacheMethod:
             return
         raise UsageError(
             f"method {self.name!r}: a budget of {tokens} tokens does not hold {self.sinks} sinks, a recent window of "
-            f"{ring} slots (recent={self.recent}, block={self.block}) and at least one block for the policy and the codecs. "
+            f"{ring} slots (recent={self.recent}, block={self.block}) and at least one block for policy and codecs. "
             f"Raise the budget to {least} tokens or more, or shrink the sinks, the recent window or the codec's group."
         )
 

@@ -8,6 +8,7 @@ kept whole; many queries are taken a few at a time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -90,11 +91,11 @@ def _by_rows(
 
 def _dot(loader: Loader, q: jax.Array) -> jax.Array:
     """f32 [B, K, R, S]: inner products of q [B, K, R, H] with all slots."""
-    _, loader, rows = _arrange(loader, q)
+    lanes, loader, rows = _arrange(loader, q)
     if loader.reads_in_place:
         logits = loader.dot(rows)
     else:
-        logits = _by_chunk(loader, rows, lambda part, own, at: part.dot(own), _concatenated)
+        logits = _by_chunk(loader, lanes, rows, lambda part, own, at: part.dot(own), _concatenated)
     return logits.reshape(*q.shape[:3], -1)
 
 
@@ -106,7 +107,7 @@ def _mix(loader: Loader, weights: jax.Array, valid: jax.Array) -> jax.Array:
         # Arranged anew: XLA gives what enters a branch a layout of its own, and would copy the arranged slots.
         _, arranged, rows = _arrange(loader, weights)
         seen = _arrange_valid(valid, weights.shape[1], lanes)
-        return _by_chunk(arranged, (rows, seen), lambda part, own, at: part.mix(at(own[0]), at(own[1])), _summed)
+        return _by_chunk(arranged, lanes, (rows, seen), lambda part, own, at: part.mix(at(own[0]), at(own[1])), _summed)
 
     if loader.reads_in_place:
         # Leaving slots out costs a copy of all values. It matters only where an invalid slot holds a NaN or an
@@ -118,48 +119,58 @@ def _mix(loader: Loader, weights: jax.Array, valid: jax.Array) -> jax.Array:
     return out.reshape(*weights.shape[:3], -1)
 
 
-def _arrange_valid(valid: jax.Array, heads: int, lanes: tuple[int, int]) -> jax.Array:
-    """bool [lanes, heads, S] from [B, K or 1, S]."""
-    batch = valid.shape[0]
-    if lanes == (batch, 1):  # one store for all heads: a slot that any of them sees holds a token
-        return jnp.any(valid, axis=1, keepdims=True)
-    return jnp.broadcast_to(valid, (batch, heads, valid.shape[2])).reshape(*lanes, -1)
+def _arrange(loader: Loader, rows: jax.Array) -> tuple[tuple[int, ...], Loader, jax.Array]:
+    """The problem in lanes: their shape, the loader's slots [*lanes, M, ...] and `rows` [B, K, R, ...] in that form.
 
-
-def _arrange(loader: Loader, rows: jax.Array) -> tuple[tuple[int, int], Loader, jax.Array]:
-    """The problem as [lanes, heads, ...]: the two sizes, the loader's slots and `rows` [B, K, R, ...] in that form.
-
-    Nothing is shared by heads: each (row, head) is a lane. Everything is: the heads' queries become queries of one
-    head. Something is: a lane holds all heads of a row.
+    Nothing is shared by heads: each (row, head) is a lane. Everything is: rows are lanes, and the heads' queries
+    become queries of one head. Something is: (B, K), and what is shared keeps a head axis of 1. Elsewhere there is no
+    axis of size 1, because XLA may choose another layout around one and then copies.
     """
     batch, heads = rows.shape[:2]
     shared = {leaf.shape[1] == 1 for leaf in jax.tree.leaves(loader.slots)}
-    lanes = {(True,): (batch, 1), (False,): (batch * heads, 1)}.get(tuple(shared), (batch, heads))
-    slots = jax.tree.map(lambda x: x.reshape(lanes[0], -1, *x.shape[2:]), loader.slots)
+    if len(shared) == 2:
+        return (batch, heads), loader, rows
+    lanes = (batch,) if shared == {True} else (batch * heads,)
+    slots = jax.tree.map(lambda x: x.reshape(*lanes, *x.shape[2:]), loader.slots)
     return lanes, loader.with_slots(slots), rows.reshape(*lanes, -1, rows.shape[-1])
 
 
-def _by_chunk(loader: Loader, own: Any, read: Callable[..., jax.Array], join: Callable[..., jax.Array]) -> jax.Array:
+def _arrange_valid(valid: jax.Array, heads: int, lanes: tuple[int, ...]) -> jax.Array:
+    """bool [*lanes, S] from [B, K or 1, S]."""
+    batch, _, slots = valid.shape
+    if lanes == (batch,):  # one store for all heads: a slot that any of them sees holds a token
+        return jnp.any(valid, axis=1)
+    return jnp.broadcast_to(valid, (batch, heads, slots)).reshape(*lanes, slots)
+
+
+def _by_chunk(
+    loader: Loader,
+    lanes: tuple[int, ...],
+    own: Any,
+    read: Callable[..., jax.Array],
+    join: Callable[..., jax.Array],
+) -> jax.Array:
     """Reads the slots of some lanes, a chunk at a time, and goes on to the next lanes.
 
     Args:
-      loader: slots [lanes, heads or 1, M, ...].
-      own: pytree of what each lane needs beside its slots, leaves [lanes, heads, ...].
+      loader: slots [*lanes, M, ...].
+      lanes: the shape of the lanes; the first axis is the one that is walked.
+      own: pytree of what each lane needs beside its slots, leaves [*lanes, ...].
       read: (loader of one chunk, `own` of its lanes, function that cuts the chunk out of a last axis S) -> array.
       join: makes one array of what `read` gives for the chunks.
     """
-    leaves = jax.tree.leaves(loader.slots)
-    lanes, blocks = leaves[0].shape[0], leaves[0].shape[2]
-    heads = max(leaf.shape[1] for leaf in leaves)
-    together, chunk = _sizes(lanes, blocks, 4 * heads * loader.block * loader.head_dim)
+    axis = len(lanes)
+    blocks = jax.tree.leaves(loader.slots)[0].shape[axis]
+    lane_heads = math.prod(lanes[1:])
+    together, chunk = _sizes(lanes[0], blocks, 4 * lane_heads * loader.block * loader.head_dim)
 
     def visit(first: Any) -> jax.Array:
         mine = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, together), own)
 
         def piece(start: Any, size: int) -> jax.Array:
             def cut(x: jax.Array) -> jax.Array:
-                begin = (first, 0, start, *(0,) * (x.ndim - 3))
-                return _slice(x, begin, (together, x.shape[1], size, *x.shape[3:]))
+                begin = (first, *(0,) * (axis - 1), start, *(0,) * (x.ndim - axis - 1))
+                return _slice(x, begin, (together, *x.shape[1:axis], size, *x.shape[axis + 1 :]))
 
             def at(x: jax.Array) -> jax.Array:
                 return jax.lax.dynamic_slice_in_dim(x, start * loader.block, size * loader.block, axis=-1)
@@ -168,10 +179,10 @@ def _by_chunk(loader: Loader, own: Any, read: Callable[..., jax.Array], join: Ca
 
         return join(piece, blocks, chunk)
 
-    if together == lanes:
+    if together == lanes[0]:
         return visit(0)
-    out = jax.lax.map(visit, jnp.arange(0, lanes, together))
-    return out.reshape(lanes, *out.shape[2:])
+    out = jax.lax.map(visit, jnp.arange(0, lanes[0], together))
+    return out.reshape(lanes[0], *out.shape[2:])
 
 
 def _slice(x: jax.Array, begin: tuple[Any, ...], sizes: tuple[int, ...]) -> jax.Array:

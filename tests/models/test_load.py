@@ -239,3 +239,16 @@ def test_bad_tokenizers(folder: Path) -> None:
     write_tokenizer(folder)
     with pytest.raises(CorruptDataError, match=r"the model embeds 40; the tokenizer belongs to another model"):
         load(folder)
+
+
+def test_the_reference_model_is_a_folder_like_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "reference").mkdir()
+    model = load("reference")
+    assert model.name == "reference" and model.num_params <= 4_000_000
+    assert model.config.num_heads >= 8 and model.config.num_kv_heads >= 2 and model.config.head_dim >= 32
+    text = "def keep(self, tokens):\n    return tokens[-self.window :]\n"
+    assert model.tokenizer.decode(model.tokenizer.encode(text)) == text
+    assert max(model.tokenizer.encode(text)) < model.config.vocab_size
+    with pytest.raises(UsageError, match=r"no config\.json"):
+        load("./reference")
