@@ -80,7 +80,7 @@ def run_on_mesh(config, cache: ModelCache):
     """`run` on a 2 by 4 mesh."""
     mesh = make_mesh(2, 4)
     params = place(params_of(config), param_specs(params_of(config), mesh), mesh)
-    return run(config, params, shard_cache(cache, mesh), lambda x: place(x, P("data"), mesh))
+    return run(config, params, shard_cache(jax.tree.map(np.asarray, cache), mesh), lambda x: place(x, P("data"), mesh))
 
 
 def test_prefill_and_decode_exchange_only_the_sums_of_tensor_parallelism() -> None:
