@@ -7,6 +7,7 @@ import functools
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
@@ -15,7 +16,7 @@ from kvjax.cache.layer_cache import LayerCache
 from kvjax.cache.methods import parse
 from kvjax.typing import PyTree
 from tests.cache.cases import METHODS
-from tests.cache.driver import Inputs, Setup, dims_of, draw, prefill, step_of
+from tests.cache.driver import QUICK, Inputs, Setup, dims_of, draw, prefill, step_of
 
 COLLECTIVES = re.compile(r"\b(all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|collective-broadcast)")
 NAMES = (
@@ -29,6 +30,8 @@ NAMES = (
     "every-16-blocks",
 )
 HEADS = P("data", None, "model")
+LATER = P(None, "data", None, "model")
+quick = functools.partial(jax.jit, compiler_options=QUICK)
 
 
 @functools.cache
@@ -48,44 +51,42 @@ def specs_of(cache: LayerCache) -> PyTree:
 
 def advance(setup: Setup, cache: LayerCache, prompt: tuple, later: tuple, lengths: jax.Array) -> tuple:
     """Prompt and decoded tokens; `cache`, arrays and lengths are whole or one shard of them."""
-    outputs = []
-    output, cache = prefill(setup, cache, prompt, lengths)
-    outputs.append(output)
-    for i in range(later[0].shape[0]):
-        arrays = [x[i] for x in later]
-        valid = np.ones(arrays[0].shape[:2], bool)
+    prompt_output, cache = prefill(setup, cache, prompt, lengths)
+
+    def decode(cache: LayerCache, arrays: tuple) -> tuple[LayerCache, jax.Array]:
+        valid = jnp.ones_like(cache.length, bool)[:, None]
         output, cache = cache.step(step_of(setup, arrays, cache.length, valid))
-        outputs.append(output)
-    return tuple(outputs), cache
+        return cache, output
+
+    cache, outputs = jax.lax.scan(decode, cache, later)
+    return (prompt_output, outputs), cache
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
 @pytest.mark.parametrize("name", NAMES)
 def test_shards_compute_what_the_whole_does_and_exchange_nothing(name: str) -> None:
     setup = Setup(METHODS[name], dims_of(inputs()), chunk=16)
-    later = tuple(x[:3] for x in inputs().later())
-    lengths = np.array(inputs().lengths, np.int32)
+    later, lengths = inputs().later(), np.array(inputs().lengths, np.int32)
     cache = LayerCache.init(setup.method, setup.dims, lengths)
-    whole, whole_cache = jax.jit(functools.partial(advance, setup))(cache, inputs().prompt(), later, lengths)
+    whole, whole_cache = quick(functools.partial(advance, setup))(cache, inputs().prompt(), later, lengths)
 
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     end = jax.eval_shape(functools.partial(advance, setup), cache, inputs().prompt(), later, lengths)[1]
-    sharded = jax.jit(
+    sharded = quick(
         jax.shard_map(
             functools.partial(advance, setup),
             mesh=mesh,
-            in_specs=(specs_of(cache), HEADS, P(None, "data", None, "model"), P("data")),
-            out_specs=(HEADS, specs_of(end)),
+            in_specs=(specs_of(cache), HEADS, LATER, P("data")),
+            out_specs=((HEADS, LATER), specs_of(end)),
         )
     )
     compiled = sharded.lower(cache, inputs().prompt(), later, lengths).compile()
     assert not COLLECTIVES.findall(compiled.as_text())
 
-    outputs, sharded_cache = sharded(cache, inputs().prompt(), later, lengths)
+    outputs, sharded_cache = compiled(cache, inputs().prompt(), later, lengths)
     exists = np.arange(64) < lengths[:, None]
     np.testing.assert_allclose(np.asarray(outputs[0])[exists], np.asarray(whole[0])[exists], atol=1e-6, rtol=0)
-    for ours, theirs in zip(outputs[1:], whole[1:], strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=1e-6, rtol=0)
+    np.testing.assert_allclose(outputs[1], whole[1], atol=1e-6, rtol=0)
     for ours, theirs in zip(sharded_cache.segments, whole_cache.segments, strict=True):
         np.testing.assert_array_equal(ours.positions, theirs.positions)
     np.testing.assert_array_equal(sharded_cache.length, whole_cache.length)
@@ -104,7 +105,7 @@ def test_random_draws_differ_between_heads_and_layers() -> None:
     for layer in (0, 1):
         dims = dataclasses.replace(setup.dims, layer=layer)
         cache = LayerCache.init(setup.method, dims, np.array(inputs().lengths, np.int32))
-        _, cache = jax.jit(functools.partial(prefill, Setup(setup.method, dims)))(
+        _, cache = quick(functools.partial(prefill, Setup(setup.method, dims)))(
             cache, inputs().prompt(), np.array(inputs().lengths, np.int32)
         )
         held |= {(layer, head): tuple(np.sort(cache.body.positions[0, head])) for head in range(4)}

@@ -29,12 +29,13 @@ def tiny(model, monkeypatch):
 
 def config(folder: Path, **changes) -> compare.Config:
     given = {
-        "methods": ("int2",),
+        "methods": ("h2o", "int8"),
         "tasks": ("needle", "kv"),
-        "context": (96, 128),
-        "seeds": 1,
+        "context": (128,),
+        "seeds": 2,
         "examples": 2,
         "batch": 2,
+        "budget": "int8",
     }
     return compare.Config(**{**given, "out": folder, **changes})
 

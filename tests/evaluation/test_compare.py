@@ -94,7 +94,7 @@ def test_the_full_cache_is_the_reference(records):
             assert record["bits_per_element"] == 9 and record["tokens_held"] == 96
         else:
             assert record["kl"] > 0 and record["attention_error"] > 0.05
-            assert record["bits_per_element"] == 16 and record["tokens_held"] < 60
+            assert record["bits_per_element"] == 16 and record["tokens_held"] < 90
 
 
 def test_bytes_are_what_the_methods_declare(model, records):
