@@ -40,7 +40,7 @@ def start(out: Path, corpus: Path) -> subprocess.Popen[bytes]:
 
 
 def finish(process: subprocess.Popen[bytes]) -> None:
-    _, errors = process.communicate(timeout=200)
+    _, errors = process.communicate(timeout=400)
     assert process.returncode == 0, errors.decode()[-2000:]
 
 
@@ -50,7 +50,7 @@ def losses(out: Path) -> list[tuple[int, float, float]]:
 
 
 def wait_for_lines(log: Path, count: int) -> None:
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 400
     while not log.exists() or lines(log) < count:
         assert time.monotonic() < deadline, "the run wrote no log"
         time.sleep(0.01)
