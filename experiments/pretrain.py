@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The defaults are the shipped model's recipe.
+    """The defaults are the shipped model's recipe, tidied; its model card tells how the run went.
 
     Attributes:
       out: run folder: log.jsonl, checkpoints/, scores.json and model/ (a Hugging Face folder).

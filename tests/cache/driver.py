@@ -38,11 +38,15 @@ QUICK = {option: value for option, value in _QUICK.items() if _known(option)}
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """Everything static: one compile per value (and batch). chunk: tokens per step of a streaming prefill."""
+    """Everything static: one compile per value (and batch).
+
+    chunk: tokens per step of a streaming prefill. together: tokens per step after the prompt.
+    """
 
     method: CacheMethod
     dims: CacheDims
     chunk: int = 64
+    together: int = 1
     softcap: float | None = None
     reads: tuple[int, ...] | None = None
 
@@ -85,11 +89,11 @@ class Inputs:
             np.where(exists[..., None, None], x[:, : self.padded], self.junk) for x in (self.q, self.k, self.v)
         )
 
-    def later(self) -> tuple[np.ndarray, ...]:
-        """q, k, v [D, B, 1, ...], each row's own next tokens."""
-        index = np.array(self.lengths)[:, None] + np.arange(self.decoded)
-        rows = np.arange(len(self.lengths))[:, None]
-        return tuple(x[rows, index].swapaxes(0, 1)[:, :, None] for x in (self.q, self.k, self.v))
+    def later(self, together: int = 1) -> tuple[np.ndarray, ...]:
+        """q, k, v [D / together, B, together, ...], each row's own next tokens."""
+        index = np.array(self.lengths) + np.arange(self.decoded).reshape(-1, together)[..., None]
+        rows = np.arange(len(self.lengths))
+        return tuple(x[rows, index].swapaxes(1, 2) for x in (self.q, self.k, self.v))
 
 
 def draw(
@@ -119,7 +123,7 @@ def dims_of(inputs: Inputs, **changes: object) -> CacheDims:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """prompt_output [B, T, N, H], outputs [D, B, N, H], held int32 [D + 1, B, K, S] (-1: empty), the last cache."""
+    """prompt_output [B, T, N, H], outputs [D, B, N, H], held int32 [steps + 1, B, K, S] (-1: empty), the last cache."""
 
     prompt_output: jax.Array
     outputs: jax.Array
@@ -127,7 +131,7 @@ class Run:
     cache: LayerCache
 
     def kept(self, i: int, b: int, head: int) -> list[int]:
-        """The sorted positions after the prompt (i = 0) or after decoded token i."""
+        """The sorted positions after the prompt (i = 0) or after step i."""
         return sorted(int(p) for p in np.asarray(self.held[i, b, head]) if p >= 0)
 
 
@@ -214,15 +218,16 @@ def _run(setup: Setup, prompt: tuple, later: tuple, lengths: jax.Array, poison: 
     after_prompt = held(cache)
 
     def decode(cache: LayerCache, arrays: tuple) -> tuple[LayerCache, tuple]:
-        valid = jnp.ones((arrays[0].shape[0], 1), bool)
+        valid = jnp.ones(arrays[0].shape[:2], bool)
         output, cache = cache.step(step_of(setup, arrays, cache.length, valid))
-        return cache, (output[:, 0], held(cache))
+        return cache, (output.swapaxes(0, 1), held(cache))
 
     cache, (outputs, after) = jax.lax.scan(decode, cache, later)
+    outputs = outputs.reshape(-1, *outputs.shape[2:])
     return Run(prompt_output, outputs, jnp.concatenate([after_prompt[None], after]), cache)
 
 
 def run(setup: Setup, inputs: Inputs, poison: float = 0.0) -> Run:
     """The whole of `inputs` through a fresh cache whose slots hold `poison`; compiled once per setup and shape."""
     lengths = jnp.asarray(inputs.lengths, jnp.int32)
-    return _run(setup, inputs.prompt(), inputs.later(), lengths, jnp.float32(poison))
+    return _run(setup, inputs.prompt(), inputs.later(setup.together), lengths, jnp.float32(poison))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import math
 
 import numpy as np
@@ -103,6 +104,13 @@ STREAMED = {
 )
 def test_streaming_prefill_of_any_chunk_is_the_uncached_pass(name: str, chunk: int) -> None:
     assert_uncached(Setup(STREAMED[name], dims_of(inputs_of()), chunk=chunk))
+
+
+@pytest.mark.parametrize("name", ["full-sinks-recent", "renumbered", "mass"])
+def test_questions_of_several_tokens_are_the_uncached_pass(name: str) -> None:
+    """Steps of eight tokens after the prompt."""
+    method = dataclasses.replace(STREAMED[name], prefill="exact")
+    assert_uncached(Setup(method, dims_of(inputs_of()), together=8))
 
 
 @pytest.mark.parametrize("query_heads", [2, 4])
@@ -232,6 +240,16 @@ def test_budgets_are_used(name: str) -> None:
     method, result = EVICTING[name], result_of(name)
     counts = (np.asarray(result.held[0, 0]) >= 0).sum(-1)
     assert (counts > method.budget.tokens(64) - max(2 * method.block - 1, 1)).all()
+
+
+@pytest.mark.parametrize("name", ["h2o:tokens=24", "snapkv:tokens=24,window=8", "policy-mass-max-normalised"])
+def test_what_is_kept_does_not_depend_on_the_blocks_of_queries(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law 5: the exact prefill and the scores may visit the prompt's queries in blocks of any size."""
+    expected = sorted_positions(result_of(name), 0)[0]
+    for op in ("prefill_attention", "attention_mass"):
+        monkeypatch.setattr(importlib.import_module(f"pallas_kernels.{op}.xla"), "CACHE_BYTES", 1)
+    method = dataclasses.replace(METHODS[name], name="in small blocks")
+    assert sorted_positions(run(Setup(method, dims_of(inputs_of())), inputs_of()), 0)[0] == expected
 
 
 def test_the_full_method_keeps_everything() -> None:

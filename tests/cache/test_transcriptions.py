@@ -87,6 +87,25 @@ def test_h2o_reads_heads_by_a_map_and_caps_logits() -> None:
     check(setup, inputs, lambda row: h2o(row, sinks=0, recent=12, heavy=12))
 
 
+def test_h2o_with_renumbered_positions() -> None:
+    """Each kv head counts the places of what it holds itself."""
+    inputs = inputs_of(8, seed=6)
+    method = CacheMethod(
+        budget=Uniform(tokens_kept=24), policy=AttentionMass(), recent=8, every=1, positions="renumbered"
+    )
+    check(Setup(method, dims_of(inputs)), inputs, lambda row: h2o(row, sinks=0, recent=8, heavy=16, renumber=True))
+
+
+@pytest.mark.parametrize("positions", ["original", "renumbered"])
+def test_h2o_with_questions_of_several_tokens(positions: str) -> None:
+    """Tokens of one step read what was held before it and, causally, each other; then they enter one by one."""
+    inputs = inputs_of(8, seed=7)
+    renumber = positions == "renumbered"
+    method = CacheMethod(budget=Uniform(tokens_kept=24), policy=AttentionMass(), sinks=2, recent=4, every=1)
+    setup = Setup(dataclasses.replace(method, positions=positions), dims_of(inputs), together=8)
+    check(setup, inputs, lambda row: h2o(row, sinks=2, recent=4, heavy=18, together=8, renumber=renumber))
+
+
 def test_h2o_share_is_of_each_rows_own_prompt() -> None:
     """Half of the budget is recent and half heavy, whatever the length to which the prompt was padded."""
     inputs = inputs_of(8)

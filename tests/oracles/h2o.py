@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tests.oracles.attention import attend
 from tests.oracles.row import Row, Trace
 
 
@@ -36,7 +35,9 @@ class _Head:
         self.settle(self.every)
 
 
-def h2o(row: Row, *, sinks: int, recent: int, heavy: int, every: int = 1) -> Trace:
+def h2o(
+    row: Row, *, sinks: int, recent: int, heavy: int, every: int = 1, together: int = 1, renumber: bool = False
+) -> Trace:
     """The score of a token is the attention probability it ever received, over all queries that were there and
     summed over the query heads of the group.
 
@@ -44,6 +45,9 @@ def h2o(row: Row, *, sinks: int, recent: int, heavy: int, every: int = 1) -> Tra
     everything held and itself, and that attention is added to the scores; then the oldest token of the recent window,
     which the new one pushed out, competes with the heavy hitters, and the lowest score goes (with `every` = n: when n
     are too many, the n lowest go).
+
+    together: tokens that come after the prompt in one step, as in `h2o_streaming`; kept[i] is after step i.
+    renumber: after the prompt keys are rotated by their place among what their kv head holds, queries by the next one.
     """
     output, probabilities = row.attention(row.prompt)
     trace = Trace(output)
@@ -53,8 +57,8 @@ def h2o(row: Row, *, sinks: int, recent: int, heavy: int, every: int = 1) -> Tra
         head.seen = row.prompt
         head.settle(1)
     trace.kept.append([head.held for head in heads])
-    for t in range(row.prompt, row.tokens):
-        trace.outputs.append(_advance(row, heads, [t])[0])
+    for start in range(row.prompt, row.tokens, together):
+        trace.outputs += _advance(row, heads, range(start, min(start + together, row.tokens)), renumber)
         trace.kept.append([head.held for head in heads])
     return trace
 
@@ -67,23 +71,21 @@ def h2o_streaming(row: Row, *, sinks: int, recent: int, heavy: int, chunk: int) 
     trace = Trace(np.zeros((row.prompt, *row.q.shape[1:])))
     heads = [_Head(trace, sinks, recent, heavy, 1) for _ in range(row.kv_heads)]
     for start in range(0, row.prompt, chunk):
-        tokens = list(range(start, min(start + chunk, row.prompt)))
+        tokens = range(start, min(start + chunk, row.prompt))
         trace.prompt_output[tokens] = _advance(row, heads, tokens)
     trace.kept.append([head.held for head in heads])
     for t in range(row.prompt, row.tokens):
-        trace.outputs.append(_advance(row, heads, [t])[0])
+        trace.outputs += _advance(row, heads, [t])
         trace.kept.append([head.held for head in heads])
     return trace
 
 
-def _advance(row: Row, heads: Sequence[_Head], tokens: Sequence[int]) -> list[np.ndarray]:
+def _advance(row: Row, heads: Sequence[_Head], tokens: Sequence[int], renumber: bool = False) -> list[np.ndarray]:
     """`tokens` read what is held and each other, leave their attention in the scores, and enter."""
-    q, k = row.rotated
     outputs, fresh = [], [dict.fromkeys(tokens, 0.0) for _ in heads]
     for t in tokens:
         seen = [[*head.held, *(p for p in tokens if p <= t)] for head in heads]
-        keys, values = ([x[p, h] for h, p in enumerate(seen)] for x in (k, row.v))
-        output, rows = attend(q[t], keys, values, reads=row.reads, softcap=row.softcap)
+        output, rows = row.attend_held(t, seen, renumber=renumber)
         outputs.append(output)
         for head, own, positions, row_probabilities in zip(heads, fresh, seen, rows, strict=True):
             for position, received in zip(positions, row_probabilities.sum(axis=0), strict=True):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from tests.oracles.attention import attend, causal
-from tests.oracles.rotary import rotate_each
+from tests.oracles.rotary import rotate, rotate_each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,13 +48,24 @@ class Row:
         q, k = (x[:tokens] for x in self.rotated)
         return causal(q, k, self.v[:tokens], reads=self.reads, window=self.window, softcap=self.softcap)
 
-    def attend_held(self, t: int, held: Sequence[Sequence[int]]) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Token t at its own position over the tokens `held` by each kv head, keys at theirs."""
+    def attend_held(
+        self, t: int, held: Sequence[Sequence[int]], *, renumber: bool = False
+    ) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Token t over the tokens `held` by each kv head, itself among them as the last: what `attend` returns.
+
+        Queries and keys are rotated by their positions or, with `renumber`, by their places in `held`, of which every
+        head has the same number.
+        """
         assert self.window is None
-        q, k = self.rotated
-        keys = [k[list(positions), h] for h, positions in enumerate(held)]
         values = [self.v[list(positions), h] for h, positions in enumerate(held)]
-        return attend(q[t], keys, values, reads=self.reads, softcap=self.softcap)
+        if renumber:
+            places = np.arange(len(held[0]))
+            query = rotate(self.q[t], places[-1], self.theta)
+            keys = [rotate_each(self.k[list(positions), h], places, self.theta) for h, positions in enumerate(held)]
+        else:
+            query = self.rotated[0][t]
+            keys = [self.rotated[1][list(positions), h] for h, positions in enumerate(held)]
+        return attend(query, keys, values, reads=self.reads, softcap=self.softcap)
 
 
 @dataclasses.dataclass

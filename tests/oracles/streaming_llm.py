@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-
-from tests.oracles.attention import attend
-from tests.oracles.rotary import rotate, rotate_each
 from tests.oracles.row import Row, Trace
 
 
@@ -25,13 +21,6 @@ def streaming_llm(row: Row, *, capacity: int, sinks: int, renumber: bool) -> Tra
     trace.kept.append([kept_after(row.prompt, capacity, sinks)] * row.kv_heads)
     for t in range(row.prompt, row.tokens):
         kept = kept_after(t + 1, capacity, sinks)
-        if renumber:
-            k = rotate_each(row.k[kept], np.arange(len(kept)), row.theta)
-            query = rotate(row.q[t], len(kept) - 1, row.theta)
-            heads = range(row.kv_heads)
-            output, _ = attend(query, [k[:, h] for h in heads], [row.v[kept, h] for h in heads], reads=row.reads)
-        else:
-            output, _ = row.attend_held(t, [kept] * row.kv_heads)
-        trace.outputs.append(output)
+        trace.outputs.append(row.attend_held(t, [kept] * row.kv_heads, renumber=renumber)[0])
         trace.kept.append([kept] * row.kv_heads)
     return trace

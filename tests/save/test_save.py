@@ -21,7 +21,17 @@ from kvjax.cache.save import load, save
 from kvjax.engine.prefill import Context
 from kvjax.engine.save import load_cache, save_cache
 from kvjax.errors import UsageError
-from tests.save.driver import SPECS, assert_same_bits, continued, decoded, dims, empty, make_step, prefilled
+from tests.save.driver import (
+    FAST_COMPILE,
+    SPECS,
+    assert_same_bits,
+    continued,
+    decoded,
+    dims,
+    empty,
+    make_step,
+    prefilled,
+)
 
 SMALL = "kivi-4:residual=16,group=16"
 
@@ -72,7 +82,7 @@ def test_a_half_done_streaming_prefill_goes_on(tmp_path: Path) -> None:
     cache = ModelCache.init(method, [dims()])
     positions = np.broadcast_to(np.arange(16, dtype=np.int32), (4, 16))
     first, second = (make_step(i, positions + 16 * i, np.ones((4, 16), bool)) for i in (0, 1))
-    advance = jax.jit(lambda layer, step: layer.step(step))
+    advance = jax.jit(lambda layer, step: layer.step(step), compiler_options=FAST_COMPILE)
     cache = dataclasses.replace(cache, layers=(advance(cache[0], first)[1],))
     assert cache[0].phase == "prompt"
     save(cache, tmp_path / "c")
