@@ -50,6 +50,10 @@ class ModelCache:
 
     @property
     def method(self) -> CacheMethod:
+        """The method of which every layer's is the form that fits the layer (`CacheMethod.for_layer`)."""
+        for layer in self.layers:
+            if all(layer.method.for_layer(other.dims) == other.method for other in self.layers):
+                return layer.method
         return self.layers[0].method
 
     @property

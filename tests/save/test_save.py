@@ -15,6 +15,7 @@ from kvjax.cache import describe
 from kvjax.cache import save as save_module
 from kvjax.cache.budget import Uniform
 from kvjax.cache.method import CacheMethod
+from kvjax.cache.methods import parse
 from kvjax.cache.model_cache import ModelCache
 from kvjax.cache.policy import AttentionMass, Recency
 from kvjax.cache.save import load, save
@@ -235,3 +236,13 @@ def test_what_is_no_whole_cache_is_refused(tmp_path: Path) -> None:
     cut = dataclasses.replace(cache, layers=(dataclasses.replace(cache[0], body=None),))
     with pytest.raises(UsageError, match="whole cache"):
         save(cut, tmp_path / "c")
+
+
+def test_layers_with_and_without_a_window(tmp_path: Path) -> None:
+    """A layer with a sliding window keeps only its window, so its method is another form of the same one."""
+    layers = [dataclasses.replace(dims(), window=8), dims(layer=1)]
+    cache = ModelCache.init(parse("int8"), layers)
+    assert cache.method == parse("int8") and cache.layers[0].method != cache.method
+    save_cache(cache, tmp_path / "cache")
+    again = load_cache(tmp_path / "cache")
+    assert jax.tree.structure(again) == jax.tree.structure(cache)
