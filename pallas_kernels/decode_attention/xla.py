@@ -161,8 +161,9 @@ def _by_chunk(
     """
     axis = len(lanes)
     blocks = jax.tree.leaves(loader.slots)[0].shape[axis]
-    lane_heads = math.prod(lanes[1:])
-    together, chunk = _sizes(lanes[0], blocks, 4 * lane_heads * loader.block * loader.head_dim)
+    block_elements = math.prod(lanes[1:]) * loader.block * loader.head_dim
+    elements = lanes[0] * blocks * block_elements
+    together, chunk = _sizes(lanes[0], blocks, 4 * block_elements)
 
     def visit(first: Any) -> jax.Array:
         mine = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, together), own)
@@ -170,7 +171,8 @@ def _by_chunk(
         def piece(start: Any, size: int) -> jax.Array:
             def cut(x: jax.Array) -> jax.Array:
                 begin = (first, *(0,) * (axis - 1), start, *(0,) * (x.ndim - axis - 1))
-                return _slice(x, begin, (together, *x.shape[1:axis], size, *x.shape[axis + 1 :]))
+                sizes = (together, *x.shape[1:axis], size, *x.shape[axis + 1 :])
+                return (_slice_bits if _widens(x, elements) else jax.lax.dynamic_slice)(x, begin, sizes)
 
             def at(x: jax.Array) -> jax.Array:
                 return jax.lax.dynamic_slice_in_dim(x, start * loader.block, size * loader.block, axis=-1)
@@ -185,17 +187,23 @@ def _by_chunk(
     return out.reshape(lanes[0], *out.shape[2:])
 
 
-def _slice(x: jax.Array, begin: tuple[Any, ...], sizes: tuple[int, ...]) -> jax.Array:
-    """`dynamic_slice` that reads only what it returns, also of 16- and 8-bit floating dtypes on a CPU.
+def _widens(x: jax.Array, elements: int) -> bool:
+    """Whether slicing `x` in a loop would cost much memory, where `elements` is how many numbers the loop decodes.
 
-    XLA on a CPU has no arithmetic in these dtypes, counts a slice as such, and would widen all of `x` to float32
-    before the loop. A slice of its bits it leaves alone; the barrier keeps the view as bits inside the loop, because
-    outside it would be a copy.
+    XLA on a CPU has no arithmetic in 16- and 8-bit floating dtypes, counts a slice as such, and widens all of `x` to
+    float32 before the loop. Scales it may widen: they are few, and reading them as bits makes decoding half as fast.
+    """
+    narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize <= 2
+    return narrow and 8 * x.size > elements and jax.default_backend() == "cpu"
+
+
+def _slice_bits(x: jax.Array, begin: tuple[Any, ...], sizes: tuple[int, ...]) -> jax.Array:
+    """`dynamic_slice` of a narrow floating dtype that widens nothing.
+
+    XLA leaves a slice of bits alone. The barrier keeps the view as bits inside the loop; outside it would be a copy.
     """
     if sizes == x.shape:
         return x
-    if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize > 2:
-        return jax.lax.dynamic_slice(x, begin, sizes)
     x, begin = jax.lax.optimization_barrier((x, begin))
     bits = jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16}[x.dtype.itemsize])
     return jax.lax.bitcast_convert_type(jax.lax.dynamic_slice(bits, begin, sizes), x.dtype)

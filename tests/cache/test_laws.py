@@ -17,7 +17,7 @@ from kvjax.cache.policy import AttentionMass, Observation, Recency
 from tests.cache.cases import EVICTING, METHODS, NAMED, PARTS, always_of, budget_of, covered, exported, recent_of, roomy
 from tests.cache.driver import Inputs, Run, Setup, dims_of, draw, run
 
-LENGTHS = (64, 45, 9)
+LENGTHS = (64, 45, 17, 1)
 TOLERANCE = 1e-5
 
 
@@ -135,20 +135,17 @@ WINDOWED = {
     "full": CacheMethod(),
     "full-sinks": CacheMethod(sinks=4, recent=8),
     "streaming": CacheMethod(prefill="streaming", recent=4),
+    "renumbered": CacheMethod(positions="renumbered", sinks=2, recent=4),
     "mass": CacheMethod(budget=Uniform(tokens_kept=88), policy=AttentionMass(), recent=8, every=1),
     "recency-of-the-window": CacheMethod(budget=Uniform(tokens_kept=20), recent=4, every=1),
     "observation": CacheMethod(budget=Uniform(tokens_kept=64), policy=Observation(window=8), recent=8),
 }
 
 
-@pytest.mark.parametrize("chunk", [7, 64])
-@pytest.mark.parametrize("name", WINDOWED)
+@pytest.mark.parametrize(("name", "chunk"), [*((name, 64) for name in WINDOWED), ("streaming", 7)])
 def test_sliding_window_layers(name: str, chunk: int) -> None:
     """A window of 20: a cache that holds the newest 19 tokens and reads the 20th as it comes is the full one."""
-    method = WINDOWED[name]
-    if chunk != 64 and method.prefill == "exact":
-        pytest.skip("an exact prefill has no chunks")
-    assert_uncached(Setup(method, dims_of(inputs_of(), window=20), chunk=chunk))
+    assert_uncached(Setup(WINDOWED[name], dims_of(inputs_of(), window=20), chunk=chunk))
 
 
 def test_a_window_layer_allocates_no_more_than_its_window() -> None:
@@ -173,13 +170,11 @@ def test_padding_and_empty_slots_change_nothing(name: str, poison: float) -> Non
 @pytest.mark.parametrize("name", METHODS)
 def test_a_row_does_not_depend_on_the_others(name: str) -> None:
     """Law 2: in another place of a batch of other rows of other lengths."""
-    others = draw(12, LENGTHS, padded=64, decoded=24, query_heads=8)
-    ours = inputs_of()
-    mixed = dataclasses.replace(
-        ours,
-        lengths=(LENGTHS[2], LENGTHS[0], LENGTHS[1]),
-        **{x: np.stack([getattr(others, x)[0], getattr(others, x)[1], getattr(ours, x)[1]]) for x in "qkv"},
-    )
+    ours, others = inputs_of(), draw(12, LENGTHS, padded=64, decoded=24, query_heads=8)
+    arrays = {x: getattr(others, x).copy() for x in "qkv"}
+    for x, array in arrays.items():
+        array[2] = getattr(ours, x)[1]
+    mixed = dataclasses.replace(ours, lengths=(LENGTHS[2], LENGTHS[0], LENGTHS[1], 5), **arrays)
     result = run(Setup(METHODS[name], dims_of(mixed)), mixed)
     assert_close(result_of(name), result, row_a=1, row_b=2, prompt=LENGTHS[1])
 
@@ -232,6 +227,18 @@ def test_no_row_ever_holds_more_than_its_budget(name: str) -> None:
         for i, heads in enumerate(sorted_positions(result, b)):
             slack = i if method.every is None else min(i, method.every - method.block)
             assert max(len(p) for p in heads) <= most + slack, (b, i)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_nothing_is_lost_before_the_budget_is_full(name: str) -> None:
+    """Prompts of one token or 17, shorter than the sinks, the window or a block, are held whole as long as they fit."""
+    method, result = METHODS[name], result_of(name)
+    for b, prompt in enumerate(LENGTHS):
+        fits = budget_of(method, prompt, 64) - 2 * (method.block - 1) if method.budget.evicts else math.inf
+        for i, heads in enumerate(sorted_positions(result, b)):
+            for positions in heads:
+                assert len(positions) >= min(prompt + i, fits), (b, i)
+                assert prompt + i - 1 in positions
 
 
 @pytest.mark.parametrize("name", EVICTING)

@@ -26,7 +26,7 @@ GROUPED = pytest.mark.parametrize("query_heads", [2, 8], ids=["G=1", "G=4"])
 
 
 def inputs_of(query_heads: int, seed: int = 0) -> Inputs:
-    return draw(seed, (64, 45, 9), padded=64, decoded=24, query_heads=query_heads)
+    return draw(seed, (64, 45, 17, 1), padded=64, decoded=24, query_heads=query_heads)
 
 
 def assert_outputs(result: Run, b: int, trace: Trace | CodedTrace) -> None:
@@ -82,8 +82,15 @@ def test_h2o_with_sinks(every: int) -> None:
 
 def test_h2o_reads_heads_by_a_map_and_caps_logits() -> None:
     """Unequal groups in any order; padded places of the smaller group count for nothing."""
-    inputs = draw(2, (64, 45, 9), padded=64, decoded=24, query_heads=6)
+    inputs = draw(2, (64, 45, 17, 1), padded=64, decoded=24, query_heads=6)
     setup = Setup(methods.h2o(tokens=24), dims_of(inputs), reads=(1, 0, 1, 1, 1, 0), softcap=5.0)
+    check(setup, inputs, lambda row: h2o(row, sinks=0, recent=12, heavy=12))
+
+
+def test_h2o_in_a_layer_with_a_sliding_window() -> None:
+    """A token that no query can see any more gains nothing, and stays as long as its score is good enough."""
+    inputs = inputs_of(8, seed=8)
+    setup = Setup(methods.parse("h2o:tokens=24"), dims_of(inputs, window=20))
     check(setup, inputs, lambda row: h2o(row, sinks=0, recent=12, heavy=12))
 
 
@@ -112,8 +119,8 @@ def test_h2o_share_is_of_each_rows_own_prompt() -> None:
     setup = Setup(methods.h2o(share=0.5), dims_of(inputs))
 
     def transcribe(row: Row) -> Trace:
-        budget = row.prompt // 2
-        return h2o(row, sinks=0, recent=budget // 2, heavy=budget - budget // 2)
+        recent = max(1, row.prompt // 4)
+        return h2o(row, sinks=0, recent=recent, heavy=max(1, row.prompt // 2 - recent))
 
     check(setup, inputs, transcribe)
 

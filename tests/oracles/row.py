@@ -51,21 +51,27 @@ class Row:
     def attend_held(
         self, t: int, held: Sequence[Sequence[int]], *, renumber: bool = False
     ) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Token t over the tokens `held` by each kv head, itself among them as the last: what `attend` returns.
+        """Token t over the tokens `held` by each kv head, itself among them as the last.
 
         Queries and keys are rotated by their positions or, with `renumber`, by their places in `held`, of which every
-        head has the same number.
+        head has the same number. Returns the output [N, H] and per kv head the probabilities [G, S_k], 0 where the
+        sliding window ends before a token.
         """
-        assert self.window is None
-        values = [self.v[list(positions), h] for h, positions in enumerate(held)]
+        seen = [[p for p in positions if self.window is None or t - p < self.window] for positions in held]
+        values = [self.v[positions, h] for h, positions in enumerate(seen)]
         if renumber:
+            assert self.window is None
             places = np.arange(len(held[0]))
             query = rotate(self.q[t], places[-1], self.theta)
-            keys = [rotate_each(self.k[list(positions), h], places, self.theta) for h, positions in enumerate(held)]
+            keys = [rotate_each(self.k[positions, h], places, self.theta) for h, positions in enumerate(seen)]
         else:
             query = self.rotated[0][t]
-            keys = [self.rotated[1][list(positions), h] for h, positions in enumerate(held)]
-        return attend(query, keys, values, reads=self.reads, softcap=self.softcap)
+            keys = [self.rotated[1][positions, h] for h, positions in enumerate(seen)]
+        output, rows = attend(query, keys, values, reads=self.reads, softcap=self.softcap)
+        probabilities = [np.zeros((len(row), len(positions))) for row, positions in zip(rows, held, strict=True)]
+        for spread, row, positions, visible in zip(probabilities, rows, held, seen, strict=True):
+            spread[:, np.isin(positions, visible)] = row
+        return output, probabilities
 
 
 @dataclasses.dataclass

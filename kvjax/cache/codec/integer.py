@@ -17,9 +17,8 @@ from pallas_kernels.packing import WIDTHS, pack
 LIMIT = 2.0**126
 """Largest magnitude that is coded; what lies beyond saturates, so that no step of decoding overflows float32."""
 
-MIN_SCALE = 2.0**-126
-"""Smallest scale, the least normal float32: groups that span less are one value to any machine that flushes
-subnormals."""
+MIN_SCALE = 2.0**-125
+"""Smallest scale. Half of it is the least normal float32: to a machine that flushes subnormals what is smaller is 0."""
 
 
 @jax.tree_util.register_dataclass
