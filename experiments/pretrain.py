@@ -40,7 +40,7 @@ class Config:
     corpus: Path = Path("runs/corpus")
     tokenizer: Path = Path("kvjax/assets/reference")
     seed: int = 0
-    steps: int = 4000
+    steps: int = 2000
     seconds: float | None = None
     batch_tokens: int = 8192
     save_every: int = 50
@@ -55,7 +55,7 @@ class Config:
     planted: bool = True
     peak: float = 2e-3
     warmup: int = 50
-    decay_from: int = 2400
+    decay_from: int = 1300
     floor: float = 0.02
     eval_count: int = 200
 

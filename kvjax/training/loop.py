@@ -47,14 +47,16 @@ class Progress:
     step: int
     stage: int
     recent: tuple[float, ...]
+    entered: int
 
-    def advance(self, accuracy: float, gate: Gate, stages: int) -> Progress:
-        """After a step: recent retrieval accuracies, and the next stage when they pass the gate."""
+    def advance(self, accuracy: float, gate: Gate, stages: Sequence[Stage]) -> Progress:
+        """After a step: recent retrieval accuracies, and the next stage when they pass the gate in time."""
+        step = self.step + 1
         recent = (*self.recent, accuracy)[-gate.window :] if np.isfinite(accuracy) else self.recent
         passed = len(recent) == gate.window and float(np.mean(recent)) > gate.accuracy
-        if passed and self.stage + 1 < stages:
-            return Progress(self.step + 1, self.stage + 1, ())
-        return Progress(self.step + 1, self.stage, recent)
+        if passed and self.stage + 1 < len(stages) and step - self.entered >= stages[self.stage].least:
+            return Progress(step, self.stage + 1, (), step)
+        return Progress(step, self.stage, recent, self.entered)
 
 
 def train(
@@ -89,7 +91,7 @@ def train(
             record = _record(progress, batch.tokens.shape, metrics, time.monotonic() - started)
             log.write(json.dumps(record) + "\n")
             on_record(record)
-            progress = progress.advance(_accuracy(metrics, KV), loop.gate, len(stages))
+            progress = progress.advance(_accuracy(metrics, KV), loop.gate, stages)
             late = loop.seconds is not None and time.monotonic() - started > loop.seconds
             if progress.step % loop.save_every == 0 or progress.step == loop.steps or late:
                 checkpoint.save(loop.folder / "checkpoints", progress.step, _state(loop, progress, params, opt_state))
@@ -103,18 +105,19 @@ def train(
 def _state(loop: Loop, progress: Progress, params: PyTree, opt_state: PyTree) -> dict[str, PyTree]:
     recent = np.full(loop.gate.window, np.nan)
     recent[: len(progress.recent)] = progress.recent
-    return {"params": params, "opt_state": opt_state, "stage": np.asarray(progress.stage, np.int32), "recent": recent}
+    stage, entered = (np.asarray(value, np.int32) for value in (progress.stage, progress.entered))
+    return {"params": params, "opt_state": opt_state, "stage": stage, "entered": entered, "recent": recent}
 
 
 def _restore(loop: Loop, params: PyTree, opt_state: PyTree) -> tuple[Progress, PyTree, PyTree]:
-    like = _state(loop, Progress(0, 0, ()), params, opt_state)
+    like = _state(loop, Progress(0, 0, (), 0), params, opt_state)
     found = checkpoint.load(loop.folder / "checkpoints", like)
     if found is None:
-        return Progress(0, 0, ()), params, opt_state
+        return Progress(0, 0, (), 0), params, opt_state
     step, state = found
     recent = tuple(float(value) for value in state["recent"] if np.isfinite(value))
     params, opt_state = jax.device_put((state["params"], state["opt_state"]))
-    return Progress(step, int(state["stage"]), recent), params, opt_state
+    return Progress(step, int(state["stage"]), recent, int(state["entered"])), params, opt_state
 
 
 def _truncate(log: Path, step: int) -> None:

@@ -55,6 +55,7 @@ class Stage:
       filler: share of recall scenes with ordinary text between the records.
       tasks: share of recall scenes that are not plain single-token retrieval.
       shorter: share of batches that have an eighth, a quarter or half of `length`, where tasks are learnt faster.
+      least: steps that the stage lasts at least, for what the gate does not look at.
     """
 
     length: int
@@ -64,6 +65,7 @@ class Stage:
     filler: float
     tasks: float
     shorter: float = 0.0
+    least: int = 0
 
 
 #: Format and length grow only when the stage before is learnt; see the model card for what did not work.
@@ -72,9 +74,9 @@ CURRICULUM = (
     Stage(64, 8, 0.6, 0.0, 0.0, 0.0),
     Stage(64, 12, 0.4, 0.1, 0.3, 0.1),
     Stage(128, 16, 0.3, 0.15, 0.4, 0.3),
-    Stage(256, 16, 0.15, 0.2, 0.5, 0.4),
-    Stage(512, 24, 0.1, 0.25, 0.8, 0.5),
-    Stage(1024, 24, 0.03, 0.2, 1.0, 0.65, 0.5),
+    Stage(256, 16, 0.1, 0.15, 0.5, 0.75, 0.7, 400),
+    Stage(512, 24, 0.05, 0.2, 0.8, 0.7, 0.6, 100),
+    Stage(1024, 24, 0.02, 0.2, 1.0, 0.7, 0.5),
 )
 
 

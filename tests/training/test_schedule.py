@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from kvjax.training.loop import Progress
-from kvjax.training.schedule import CURRICULUM, Gate, LearningRate
+from kvjax.training.schedule import CURRICULUM, Gate, LearningRate, Stage
 
 
 def test_learning_rate():
@@ -26,13 +26,24 @@ def test_stages_only_get_harder():
 
 def test_the_gate_opens_on_the_mean_of_a_full_window():
     gate = Gate(accuracy=0.9, window=3)
-    progress = Progress(0, 0, ())
+    stages = [Stage(64, 4, 0.0, 0.0, 0.0, 0.0), Stage(64, 4, 0.0, 0.0, 0.0, 0.0)]
+    progress = Progress(0, 0, (), 0)
     for accuracy in (1.0, float("nan"), 0.9):
-        progress = progress.advance(accuracy, gate, stages=2)
-    assert progress == Progress(3, 0, (1.0, 0.9))
-    progress = progress.advance(0.95, gate, stages=2)
-    assert progress == Progress(4, 1, ())
+        progress = progress.advance(accuracy, gate, stages)
+    assert progress == Progress(3, 0, (1.0, 0.9), 0)
+    progress = progress.advance(0.95, gate, stages)
+    assert progress == Progress(4, 1, (), 4)
     for _ in range(5):
-        progress = progress.advance(1.0, gate, stages=2)
-    assert progress == Progress(9, 1, (1.0, 1.0, 1.0))
+        progress = progress.advance(1.0, gate, stages)
+    assert progress == Progress(9, 1, (1.0, 1.0, 1.0), 4)
     assert np.isfinite(progress.recent).all()
+
+
+def test_a_stage_lasts_as_long_as_it_says():
+    stages = [Stage(64, 4, 0.0, 0.0, 0.0, 0.0), Stage(64, 4, 0.0, 0.0, 0.0, 0.0, least=5)] * 2
+    progress = Progress(2, 0, (), 0)
+    entered = []
+    for _ in range(9):
+        progress = progress.advance(1.0, Gate(accuracy=0.9, window=1), stages)
+        entered.append(progress.stage)
+    assert entered == [1, 1, 1, 1, 1, 2, 3, 3, 3]
