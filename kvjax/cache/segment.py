@@ -137,6 +137,13 @@ def _scatter(store: PyTree, fresh: PyTree, block: Array, per_block: int) -> PyTr
         rows = jnp.arange(batch)[:, None, None]
         cols = jnp.arange(heads)[None, :, None]
         where = block[:, :heads, None] * per_block + jnp.arange(per_block)
-        return leaf.at[rows, cols, where].set(new, mode="drop", unique_indices=True)
+        out = _bits(leaf).at[rows, cols, where].set(_bits(new), mode="drop", unique_indices=True)
+        return jax.lax.bitcast_convert_type(out, leaf.dtype)
 
     return jax.tree.map(put, store, fresh)
+
+
+def _bits(x: Array) -> Array:
+    """16-bit floats on a CPU as their bits: XLA has no such floats there, and would widen all of `x` to write a part."""
+    widens = x.dtype in (jnp.bfloat16, jnp.float16) and jax.default_backend() == "cpu"
+    return jax.lax.bitcast_convert_type(x, jnp.uint16) if widens else x

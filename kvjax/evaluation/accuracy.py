@@ -1,9 +1,10 @@
-"""What a method loses: free-running answers, perplexity, and fidelity to the full cache, from one pass over the answer.
+"""What a method loses: free-running answers, perplexity, and fidelity to the full cache, mostly from one pass.
 
 Greedy free-running decoding gives exactly the answer if and only if, fed with the answer's tokens, the model's
 likeliest next token is the right one each time: up to the first mistake both have seen the same tokens, in the same
 cache. So one teacher-forced run, a token at a time as decoding does it, yields the exact-match score together with
-the logits that are compared with the full cache's.
+the logits that are compared with the full cache's. Where an answer's parts may come in any order, more than one answer
+is right, and a second run feeds the model what it says itself.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import jax
 import numpy as np
+from numpy.typing import NDArray
 
 from kvjax.cache.method import CacheMethod
 from kvjax.engine.prefill import Context
@@ -21,6 +23,7 @@ from kvjax.evaluation import program
 from kvjax.evaluation.batch import Batch, Piece, feed
 from kvjax.evaluation.profile import check_bytes
 from kvjax.evaluation.tally import Tally
+from kvjax.tasks import score
 from kvjax.typing import Array
 
 
@@ -39,7 +42,6 @@ def run(
     """
     pieces = batch.pieces()
     contexts: dict[str, Context] = {}
-    right = {name: np.ones(len(batch.items), bool) for name in methods}
     expected = batch.start(reference)
     for piece in pieces:
         last = piece is pieces[-1]
@@ -51,13 +53,15 @@ def run(
             if recorded is not None:
                 layers = program.attention_errors(context.cache, recorded, piece.steps)
                 tallies[name].attention_errors.append(float(layers.mean()))
+            fork = context.fork() if batch.unordered else None
             context, ours = feed(batch.model, context, piece)
-            right[name] &= _grade(piece, ours, predicted, tallies[name])[: len(batch.items)]
-            if last:
-                tallies[name].add_rows(right[name], list(batch.items))
-                yield name
-            else:
+            _grade(piece, ours, predicted, tallies[name])
+            if not last:
                 contexts[name] = context
+                continue
+            answers = ours if fork is None else feed(batch.model, fork, piece, forced=False)[1]
+            tallies[name].add_rows(_right(batch, piece, answers), batch.items)
+            yield name
 
 
 def warm(batch: Batch, reference: CacheMethod, methods: Mapping[str, CacheMethod]) -> Iterator[str]:
@@ -70,6 +74,7 @@ def warm(batch: Batch, reference: CacheMethod, methods: Mapping[str, CacheMethod
     recorded = _record(batch, context, piece)
     predicted = feed(batch.model, context, piece)[1]
     _grade(piece, predicted, predicted, Tally())
+    _right(batch, piece, predicted)
 
     def touch(name: str) -> str:
         context = batch.start(methods[name])
@@ -87,8 +92,14 @@ def _record(batch: Batch, context: Context, piece: Piece) -> tuple[program.Layer
     return program.record_steps(model.module, model.params, context.cache, piece.tokens, piece.fed, piece.steps)
 
 
-def _grade(piece: Piece, predicted: Array, reference: Array, tally: Tally) -> np.ndarray:
-    """Adds a piece's tokens to the tally; returns for each row whether all that are graded were predicted, bool [B]."""
-    hits, surprisal, divergence = program.grade(predicted, reference, piece.tokens, piece.graded)
+def _grade(piece: Piece, predicted: Array, reference: Array, tally: Tally) -> None:
+    """Adds a piece's tokens to the tally."""
+    surprisal, divergence = program.grade(predicted, reference, piece.tokens, piece.graded)
     tally.add_tokens(piece.graded, np.asarray(surprisal), np.asarray(divergence))
-    return np.all(np.asarray(hits) | ~piece.graded, axis=1)
+
+
+def _right(batch: Batch, piece: Piece, predicted: Array) -> NDArray[np.bool_]:
+    """Which rows answer right, bool [rows]; text has no answer. An answer lies within one piece."""
+    said = np.asarray(program.said(predicted))
+    rows = zip(batch.items, said, piece.graded, strict=False)
+    return np.array([i.example is not None and score(i.example, tokens[at]) == 1 for i, tokens, at in rows])

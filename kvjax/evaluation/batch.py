@@ -38,6 +38,11 @@ class Batch:
         """Whether there is no prompt."""
         return len(self.items[0].prompt) == 0
 
+    @property
+    def unordered(self) -> bool:
+        """Whether the parts of some answer may come in any order."""
+        return any(item.example is not None and not item.example.ordered for item in self.items)
+
     def record(self) -> tuple[Array, tuple[RecordedPrompt, ...], Array]:
         """One exact pass over the prompts: logits f32 [B, V], every layer's prompt, lengths int32 [B]."""
         tokens, lengths = pad([item.prompt for item in self._rows], self.setting.prompt)
@@ -124,10 +129,15 @@ def can_stream(method: CacheMethod) -> bool:
     return True
 
 
-def feed(model: LanguageModel, context: Context, piece: Piece) -> tuple[Context, Array]:
-    """Appends a piece token by token. Consumes the context; returns it, and the predictions f32 [B, F + 1, V]."""
+def feed(model: LanguageModel, context: Context, piece: Piece, *, forced: bool = True) -> tuple[Context, Array]:
+    """Appends a piece token by token. Consumes the context; returns it, and the predictions f32 [B, F + 1, V].
+
+    Args:
+      forced: feed the graded tokens too; otherwise what the model says in their place (greedy decoding).
+    """
+    free = np.zeros_like(piece.graded) if forced else piece.graded
     cache, predicted = program.feed(
-        model.module, model.params, context.cache, context.logits, piece.tokens, piece.fed, piece.steps
+        model.module, model.params, context.cache, context.logits, piece.tokens, piece.fed, piece.steps, free
     )
     last = jnp.take_along_axis(predicted, jnp.asarray(piece.fed)[:, None, None], axis=1)[:, 0]
     return Context(cache, last), predicted

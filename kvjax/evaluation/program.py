@@ -68,6 +68,7 @@ def feed(
     tokens: Array,
     lengths: Array,
     steps: ArrayLike,
+    free: Array,
 ) -> tuple[ModelCache, Array]:
     """Appends tokens one by one, as decoding does, and keeps what the model predicted before each of them.
 
@@ -75,6 +76,7 @@ def feed(
       logits: f32 [B, V], before the first token.
       tokens: int32 [B, F], of which the first `lengths` [B] of each row exist.
       steps: int32, how many tokens to feed; at most F.
+      free: bool [B, F], where the model's own likeliest token is fed in place of the given one.
 
     Returns:
       The cache, and f32 [B, F + 1, V]: entry i predicts token i (zeros beyond `steps`).
@@ -86,7 +88,7 @@ def feed(
         cache, predicted = carry
         valid = (i < lengths)[:, None]
         at = jnp.zeros((batch,), jnp.int32)
-        token = jax.lax.dynamic_slice_in_dim(tokens, i, 1, axis=1)
+        token = jnp.where(free[:, i], jnp.argmax(predicted[:, i], axis=-1), tokens[:, i]).astype(jnp.int32)[:, None]
         fresh, layers = module.apply({"params": params}, token, cache=cache.layers, valid=valid, logits_at=at)
         return dataclasses.replace(cache, layers=layers), jax.lax.dynamic_update_slice_in_dim(
             predicted, fresh, i + 1, 1
@@ -164,7 +166,13 @@ def _layer_error(cache: LayerCache, recorded: LayerRecording, steps: ArrayLike) 
 
 
 @jax.jit
-def grade(predicted: Array, reference: Array, tokens: Array, graded: Array) -> tuple[Array, Array, Array]:
+def said(predicted: Array) -> Array:
+    """The likeliest token at each place, int32 [B, F], of predictions f32 [B, F + 1, V] as `feed` gives them."""
+    return jnp.argmax(predicted[:, :-1], axis=-1).astype(jnp.int32)
+
+
+@jax.jit
+def grade(predicted: Array, reference: Array, tokens: Array, graded: Array) -> tuple[Array, Array]:
     """Teacher-forced predictions against the tokens and against a reference's predictions.
 
     Args:
@@ -172,13 +180,11 @@ def grade(predicted: Array, reference: Array, tokens: Array, graded: Array) -> t
       tokens: int32 [B, F]. graded: bool [B, F], which tokens count.
 
     Returns:
-      Whether the likeliest token is the right one, bool [B, F]; the right one's surprisal, f32 [B, F] in nats; and
-      the Kullback-Leibler divergence from the reference's distribution to this one, f32 [B, F] in nats. The last two
-      are 0 where a token does not count.
+      The right token's surprisal, f32 [B, F] in nats, and the Kullback-Leibler divergence from the reference's
+      distribution to this one, f32 [B, F] in nats; 0 where a token does not count.
     """
     ours = jax.nn.log_softmax(predicted[:, :-1])
     theirs = jax.nn.log_softmax(reference[:, :-1])
-    hits = jnp.argmax(predicted[:, :-1], axis=-1) == tokens
     surprisal = -jnp.take_along_axis(ours, tokens[..., None], axis=-1)[..., 0]
     divergence = jnp.sum(jnp.exp(theirs) * (theirs - ours), axis=-1)
-    return hits, jnp.where(graded, surprisal, 0.0), jnp.where(graded, divergence, 0.0)
+    return jnp.where(graded, surprisal, 0.0), jnp.where(graded, divergence, 0.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ class Tally:
     """Sums over rows and graded tokens.
 
     Attributes:
-      right: rows whose graded tokens were all predicted. rows: how many there were.
+      right: rows that were answered right. rows: how many there were.
       surprisal: nats of all graded tokens. divergence: Kullback-Leibler from the reference, nats, of all of them.
       tokens: how many were graded. text_bytes: of their text.
       attention_error: relative error of the attention output, per batch on which it was measured, mean over layers.
@@ -37,7 +38,7 @@ class Tally:
         self.surprisal += float(surprisal.sum(dtype=np.float64))
         self.divergence += float(divergence.sum(dtype=np.float64))
 
-    def add_rows(self, right: NDArray[np.bool_], items: list[Item]) -> None:
+    def add_rows(self, right: NDArray[np.bool_], items: Sequence[Item]) -> None:
         """A batch's rows; right bool [rows]."""
         self.right += int(right.sum())
         self.rows += len(items)

@@ -22,7 +22,7 @@ from kvjax.assets import heldout_text
 from kvjax.errors import UsageError, unknown
 from kvjax.evaluation.setting import Setting
 from kvjax.models.language_model import LanguageModel
-from kvjax.tasks import TASKS, Vocabulary, examples
+from kvjax.tasks import TASKS, Example, Vocabulary, examples
 
 Tokens = NDArray[np.int32]
 
@@ -35,12 +35,14 @@ class Item:
       prompt: int32 [P], what the cache holds before anything is asked; empty where the text is streamed.
       follow: int32 [F], fed token by token; its last `graded` tokens are what the model must predict.
       graded: 1 to F (F - 1 where the prompt is empty).
+      example: what the row's answer is scored by; None for text.
       text_bytes: bytes of the graded tokens' text, for bits per byte; 0 for generated words.
     """
 
     prompt: Tokens
     follow: Tokens
     graded: int
+    example: Example | None = None
     text_bytes: int = 0
 
 
@@ -78,7 +80,7 @@ class Workload(Protocol):
 
     @property
     def scored(self) -> bool:
-        """Whether a row's score is 1 when every graded token is right; otherwise it is text and has a perplexity."""
+        """Whether rows have an answer that is right or wrong; otherwise they are text and have a perplexity."""
         ...
 
     @property
@@ -110,7 +112,7 @@ class Recall:
         for e in examples(self.task, source.vocabulary, source.text, length=length, count=count, seed=seed):
             parts = [e.context, e.question] if setting.query_aware else [e.context]
             follow = e.answer if setting.query_aware else np.concatenate([e.question, e.answer])
-            made.append(Item(np.concatenate(parts), follow.astype(np.int32), len(e.answer)))
+            made.append(Item(np.concatenate(parts), follow.astype(np.int32), len(e.answer), e))
         return made
 
 
@@ -136,7 +138,7 @@ class Text:
             cut = 0 if self.streamed else setting.prompt
             graded = min(setting.context - max(cut, 1), size)
             ends = source.byte_starts[[start + size - graded, start + size]]
-            made.append(Item(window[:cut], window[cut:], graded, int(ends[1] - ends[0])))
+            made.append(Item(window[:cut], window[cut:], graded, text_bytes=int(ends[1] - ends[0])))
         return made
 
 
