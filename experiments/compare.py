@@ -45,14 +45,13 @@ class Config:
     seeds: int = defaults.SEEDS
     examples: int = defaults.EXAMPLES
     batch: int = defaults.BATCH
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    dtype: Literal["bfloat16", "float16", "float32"] = defaults.DTYPE
     out: Path | None = None
 
 
 def main(config: Config) -> None:
     """Runs the comparison; prints the table, what it shows, and where the report is."""
-    comparison, page = run("compare", config, config.model, config.methods, config.tasks, options=config)
-    show(comparison, comparison.findings, page)
+    show(*run("compare", config, config.model, config.methods, config.tasks, options=config))
 
 
 def run(
@@ -65,7 +64,8 @@ def run(
       options: a `Config` of which the context, budget, seeds, examples and so on are taken.
     """
     import kvjax
-    from experiments import compile_cache, progress, record
+    from experiments import compile_cache, record
+    from kvjax.evaluation import progress
     from kvjax.evaluation.compare import Comparison
     from kvjax.evaluation.plan import Options, Plan
 
@@ -80,14 +80,14 @@ def run(
     return comparison, page
 
 
-def show(comparison: Comparison, sentences: Sequence[str], page: Path) -> None:
-    """Prints the table, sentences about it, and the path of the report on stdout."""
+def show(comparison: Comparison, page: Path) -> None:
+    """Prints the table, what it shows, and the path of the report on stdout."""
     from rich.console import Console
 
     console = Console(highlight=False)
     if not sys.stdout.isatty():
         console = Console(highlight=False, width=max(console.width, 100))
     console.print(comparison)
-    for sentence in sentences:
+    for sentence in comparison.findings:
         console.print(f"\n{sentence}", markup=False)
     console.print(f"\nreport: {page}", markup=False, soft_wrap=True)

@@ -6,11 +6,11 @@ import dataclasses
 from pathlib import Path
 
 from experiments import compare
+from kvjax.evaluation import defaults
 
 KEEPER = "int4"
 EVICTING = ("h2o", "snapkv")
 METHODS = (*EVICTING, "kivi-2", "int8", KEEPER)
-TASKS = ("needle", "kv", "multiquery", "perplexity-prefill")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,9 +27,6 @@ class Config:
 
 
 def main(config: Config) -> None:
-    """Prints the table, the headline with its intervals, and where the report is."""
-    from kvjax.evaluation.headline import headline
-
+    """Prints the table, what it shows, and where the report is."""
     options = compare.Config(budget=KEEPER, examples=config.examples)
-    comparison, page = compare.run("demo", config, "reference", METHODS, TASKS, options=options)
-    compare.show(comparison, [headline(comparison.rows, KEEPER, EVICTING)], page)
+    compare.show(*compare.run("demo", config, "reference", METHODS, defaults.TASKS, options=options))

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from experiments import environment
-from kvjax.errors import CorruptDataError, KvjaxError, UsageError
+from kvjax.errors import CorruptDataError, NumericsError, UsageError
 
 Record = dict[str, Any]
 
@@ -40,12 +40,12 @@ class Run:
     _results: TextIO
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Adds one record; it is on disk when this returns. Raises KvjaxError for a NaN or an infinity."""
+        """Adds one record; it is on disk when this returns. Raises NumericsError for a NaN or an infinity."""
         record = dict(record)
         try:
             line = json.dumps(record, allow_nan=False, default=_plain)
         except ValueError as error:
-            raise KvjaxError(f"a measurement is not a finite number, so the run stops: {record}") from error
+            raise NumericsError(f"a measurement is not a finite number, so the run stops: {record}") from error
         self._results.write(line + "\n")
         self._results.flush()
         os.fsync(self._results.fileno())

@@ -28,6 +28,12 @@ class CorruptDataError(KvjaxError):
     exit_code = 5
 
 
+class NumericsError(KvjaxError):
+    """A result is a NaN or an infinity."""
+
+    exit_code = 6
+
+
 class MissingExtraError(KvjaxError):
     """An optional dependency is needed; the message holds the exact pip command."""
 

@@ -144,6 +144,6 @@ def _scatter(store: PyTree, fresh: PyTree, block: Array, per_block: int) -> PyTr
 
 
 def _bits(x: Array) -> Array:
-    """16-bit floats on a CPU as their bits: XLA has no such floats there, and would widen all of `x` to write a part."""
+    """16-bit floats on a CPU as bits: XLA has no such floats there, and would widen all of `x` to write a part."""
     widens = x.dtype in (jnp.bfloat16, jnp.float16) and jax.default_backend() == "cpu"
     return jax.lax.bitcast_convert_type(x, jnp.uint16) if widens else x

@@ -11,15 +11,13 @@ from typing import Any
 from rich.console import Console, Group, RenderableType
 
 from kvjax.cache.method import CacheMethod
-from kvjax.evaluation import report
+from kvjax.evaluation import defaults, report
 from kvjax.evaluation.finding import findings
-from kvjax.evaluation.plan import Options, Plan, Record, Track
+from kvjax.evaluation.plan import Options, Plan, Record
+from kvjax.evaluation.progress import Track, silent, track
 from kvjax.evaluation.summary import Row, summarise
 from kvjax.evaluation.table import tables
 from kvjax.models.language_model import LanguageModel
-
-METHODS = ("streaming_llm", "h2o", "snapkv", "kivi-4", "kivi-2", "int8", "int4")
-TASKS = ("needle", "kv", "multiquery", "perplexity-prefill")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +39,7 @@ class Comparison:
     @property
     def findings(self) -> list[str]:
         """What the comparison shows, in sentences that its intervals bear."""
-        return findings(self.rows)
+        return findings(self.rows, self.config)
 
     def write_report(self, folder: Path, run: Mapping[str, Any] | None = None) -> Path:
         """Writes report.html into a folder that exists; `run` says on what it ran (see `report.html`)."""
@@ -58,18 +56,18 @@ class Comparison:
 
 def compare(
     model: LanguageModel,
-    methods: Sequence[str | CacheMethod] = METHODS,
-    tasks: Sequence[str] = TASKS,
+    methods: Sequence[str | CacheMethod] = defaults.METHODS,
+    tasks: Sequence[str] = defaults.TASKS,
     *,
     context: int | Sequence[int] | None = None,
-    seeds: int = 3,
-    examples: int = 32,
-    batch: int = 16,
+    seeds: int = defaults.SEEDS,
+    examples: int = defaults.EXAMPLES,
+    batch: int = defaults.BATCH,
     budget: str | None = None,
     query_aware: bool = False,
-    dtype: str = "bfloat16",
+    dtype: str = defaults.DTYPE,
     out: str | Path | None = None,
-    progress: Track | None = None,
+    progress: Track | None = track,
 ) -> Comparison:
     """Measures what cache methods cost and what they lose.
 
@@ -86,7 +84,7 @@ def compare(
       query_aware: show the question while the cache is compressed; by default it is hidden.
       dtype: of tokens that a cache stores exactly.
       out: a folder for report.html, made if need be.
-      progress: makes a progress display.
+      progress: what shows it; by default a bar on stderr, or plain lines where that is no terminal. None is silent.
 
     Returns:
       Records with the fields method, task, context, seed, examples, score (share of right answers, in [0, 1]; None for
@@ -100,10 +98,11 @@ def compare(
       UsageError: before anything runs: an unknown method or task, a context beyond the model's limit or too short for a
         task, a budget too small for what a method always keeps.
       KvjaxError: a cache's live buffers are not what its method declares.
+      NumericsError: a measurement is not a finite number.
     """
     options = Options(context, seeds, examples, batch, budget, query_aware, dtype)
     plan = Plan.make(model, methods, tasks, options)
-    records = list(plan.run(track=progress))
+    records = list(plan.run(track=progress or silent))
     comparison = Comparison(records, plan.config)
     if out is not None:
         Path(out).mkdir(parents=True, exist_ok=True)

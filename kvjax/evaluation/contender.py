@@ -12,11 +12,9 @@ from kvjax.cache.layout import CacheDims
 from kvjax.cache.method import CacheMethod
 from kvjax.cache.plan import layer_bytes, resolve
 from kvjax.errors import UsageError
+from kvjax.evaluation.defaults import BASELINES
 from kvjax.evaluation.setting import Setting
 from kvjax.models.language_model import LanguageModel
-
-REFERENCE = "full"
-BASELINES = (REFERENCE, "random", "streaming_llm")
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMG])i?B", re.IGNORECASE)
 _BUDGET_OPTIONS = ("tokens", "share", "bytes")
@@ -43,7 +41,7 @@ class Contender:
         """
         method, dims = self.method, setting.dims(model)
         try:
-            if self._follows(common):
+            if self.follows(common):
                 method = dataclasses.replace(method, budget=common.budget(dims))
             method = resolve(method, dims)
             for layer in dims:
@@ -54,9 +52,10 @@ class Contender:
 
     def target_bytes(self, common: CommonBudget, dims: Sequence[CacheDims]) -> int | None:
         """Bytes that a row of this method was to take, where a common budget in bytes binds it."""
-        return common.row_bytes(dims) if self._follows(common) else None
+        return common.row_bytes(dims) if self.follows(common) else None
 
-    def _follows(self, common: CommonBudget) -> bool:
+    def follows(self, common: CommonBudget) -> bool:
+        """Whether a common budget binds this method: it evicts, and was named without a budget of its own."""
         return common.given and self.method.budget.evicts and not self.own_budget
 
 

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
-from kvjax.evaluation.summary import SAME_MEMORY, Estimate, Point, Row, points
-
-#: Floors and ceilings: every table has them, and beating them is no finding.
-BASELINES = ("full", "random", "streaming_llm")
+from kvjax.evaluation.defaults import BASELINES, REFERENCE
+from kvjax.evaluation.figure import interval, percent
+from kvjax.evaluation.summary import Estimate, Point, Row, difference, points, same_memory
 
 MOST_NAMED = 4
 
 
-def findings(rows: Sequence[Row]) -> list[str]:
-    """One to three sentences about the longest context; none where no method has a mean score."""
+def findings(rows: Sequence[Row], config: Mapping[str, Any]) -> list[str]:
+    """One to three sentences about the longest context; none where no method has a mean score.
+
+    Args:
+      config: what was compared; `budget` and `budgeted` are read where present (see `Plan.config`).
+    """
     scored = points(rows)
     longest = max((point.row.context for point in scored), default=0)
     scored = [point for point in scored if point.row.context == longest]
-    full = next((point for point in scored if point.row.method == "full"), None)
-    said = [_same_memory(scored)]
+    said = [headline(scored, config.get("budget"), config.get("budgeted", ())) or _same_memory(scored)]
+    full = next((point for point in scored if point.row.method == REFERENCE), None)
     if full is not None:
         others = [point for point in scored if point is not full]
         said += [_smallest_unharmed(full, others), _harmed(full, others)]
@@ -28,19 +32,38 @@ def findings(rows: Sequence[Row]) -> list[str]:
     return sentences
 
 
-def percent(share: float) -> str:
-    """A share as text: "97 %", with one digit more below ten."""
-    return f"{100 * share:.0f} %" if share >= 0.0995 or share == 0 else f"{100 * share:.1f} %"
+def headline(scored: Sequence[Point], keeper: str | None, budgeted: Collection[str]) -> str | None:
+    """What the best of the methods that were given the bytes of `keeper` loses of what it keeps.
+
+    Says so where the intervals overlap; None where one of the two sides has no score, or their bytes differ.
+    """
+    best = next((point for point in scored if point.row.method == keeper), None)
+    if best is None:
+        return None
+    rivals = [p for p in _rivals(scored) if p.row.method in budgeted and _equally_large(p, best)]
+    if not rivals:
+        return None
+    rival = max(rivals, key=lambda point: point.score.mean)
+    start = f"At {keeper}'s own bytes, {percent(best.row.ratio)} of the full cache, {rival.row.method}"
+    both = f"{interval(rival.score)} against {interval(best.score)}"
+    if not rival.score.disjoint(best.score):
+        return f"{start} and {keeper} cannot be told apart: {both}."
+    gap = difference(best.score, rival.score)
+    lost = f"{100 * abs(gap.mean):.0f} points (95 % interval {_range(gap)})"
+    if gap.mean < 0:
+        return f"{start} keeps {lost} of retrieval that {keeper} loses: {both}."
+    among = f", the best of {len(rivals)} that evict," if len(rivals) > 1 else ""
+    return f"{start}{among} loses {lost} of retrieval that {keeper} keeps: {both}."
 
 
-def interval(score: Estimate) -> str:
-    """ "97 % (95–98)": the mean and the limits of its interval."""
-    return f"{100 * score.mean:.0f} % ({100 * score.low:.0f}–{100 * score.high:.0f})"
+def _range(gap: Estimate) -> str:
+    low, high = sorted(100 * abs(limit) for limit in (gap.low, gap.high))
+    return f"{low:.0f} to {high:.0f}"
 
 
 def _same_memory(scored: Sequence[Point]) -> str | None:
     """The group of equally large caches whose scores lie furthest apart."""
-    rivals = [point for point in scored if point.row.method.split(":")[0] not in BASELINES]
+    rivals = _rivals(scored)
     groups = [[p for p in rivals if _equally_large(p, anchor)] for anchor in rivals]
     ranked = [sorted(group, key=lambda point: -point.score.mean) for group in groups]
     telling = [group for group in ranked if group[0].score.disjoint(group[-1].score)]
@@ -55,8 +78,12 @@ def _same_memory(scored: Sequence[Point]) -> str | None:
     )
 
 
+def _rivals(scored: Sequence[Point]) -> list[Point]:
+    return [point for point in scored if point.row.method.split(":")[0] not in BASELINES]
+
+
 def _equally_large(point: Point, anchor: Point) -> bool:
-    return abs(point.row.cache_bytes - anchor.row.cache_bytes) <= SAME_MEMORY * anchor.row.cache_bytes
+    return same_memory(point.row.cache_bytes, anchor.row.cache_bytes)
 
 
 def _smallest_unharmed(full: Point, others: Sequence[Point]) -> str:

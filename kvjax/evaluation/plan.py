@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from kvjax.cache.method import CacheMethod
-from kvjax.errors import UsageError
-from kvjax.evaluation import accuracy, profile
+from kvjax.errors import NumericsError, UsageError
+from kvjax.evaluation import accuracy, defaults, profile
 from kvjax.evaluation.batch import Batch, can_stream
-from kvjax.evaluation.contender import REFERENCE, CommonBudget, Contender, contenders
+from kvjax.evaluation.contender import CommonBudget, Contender, contenders
+from kvjax.evaluation.progress import Advance, Track, silent
 from kvjax.evaluation.setting import Setting
+from kvjax.evaluation.summary import same_memory
 from kvjax.evaluation.tally import Tally
 from kvjax.evaluation.workload import WORKLOADS, Source, expand, room
 from kvjax.models.language_model import LanguageModel
 
 Record = dict[str, Any]
-Advance = Callable[..., None]
-#: `track(label, total)` is a context manager whose value is `advance(steps=1, note="")`.
-Track = Callable[[str, int], AbstractContextManager[Advance]]
 
 KEY = ("method", "task", "context", "seed")
-SAME_BYTES = 0.02
 CANNOT_STREAM = "needs whole prompts, so no text can be streamed through it"
 
 
@@ -33,12 +31,12 @@ class Options:
     """How a comparison is done; see `kvjax.compare`."""
 
     context: int | Sequence[int] | None = None
-    seeds: int = 3
-    examples: int = 32
-    batch: int = 16
+    seeds: int = defaults.SEEDS
+    examples: int = defaults.EXAMPLES
+    batch: int = defaults.BATCH
     budget: str | None = None
     query_aware: bool = False
-    dtype: str = "bfloat16"
+    dtype: str = defaults.DTYPE
 
 
 class Unit(NamedTuple):
@@ -90,25 +88,28 @@ class Plan:
 
     @property
     def config(self) -> Record:
-        """What is compared, for reports."""
+        """What is compared, for reports; `budgeted` names the methods that the common budget binds."""
+        common = CommonBudget.parse(self.options.budget)
         return dataclasses.asdict(self.options) | {
             "model": self.model.name,
             "methods": [contender.name for contender in self.contenders],
+            "budgeted": [contender.name for contender in self.contenders if contender.follows(common)],
             "tasks": list(self.tasks),
             "context": [setting.context for setting in self.fitted],
         }
 
-    def run(self, done: Iterable[Record] = (), track: Track | None = None) -> Iterator[Record]:
+    def run(self, done: Iterable[Record] = (), track: Track = silent) -> Iterator[Record]:
         """Measures what is not in `done`, and yields each record as soon as it is finished.
 
         Raises:
           KvjaxError: a cache's live buffers are not what its method declares.
+          NumericsError: a measurement is not a finite number.
         """
         units = self._units(done)
         costs: dict[Setting, dict[str, Record]] = {setting: {} for setting in self.fitted}
         warmed: set[tuple[Setting, bool]] = set()
         total = sum(-(-self.options.examples // unit.setting.batch) * len(unit.methods) for unit in units)
-        with (track or _silent)("compare", total) as advance:
+        with track("compare", total) as advance:
             for unit in units:
                 if (kind := (unit.setting, WORKLOADS[unit.task].streamed)) not in warmed:
                     self._warm(unit, advance)
@@ -117,7 +118,7 @@ class Plan:
                 known |= self._profile(unit.setting, [n for n in unit.methods if n not in known], advance)
                 for record in self._measure(unit, advance):
                     notes = [note for note in (known[record["method"]]["note"], record.pop("note")) if note]
-                    yield record | known[record["method"]] | {"note": "; ".join(notes)}
+                    yield _finite(record | known[record["method"]] | {"note": "; ".join(notes)})
 
     def _units(self, done: Iterable[Record]) -> list[Unit]:
         finished = {tuple(record[key] for key in KEY) for record in done}
@@ -138,7 +139,7 @@ class Plan:
         """Compiles what a unit's methods need; units of the same shapes share it."""
         advance(0, note="compiling")
         items = WORKLOADS[unit.task].items(self.source, unit.setting, unit.setting.batch, unit.seed)
-        batch, reference = Batch(self.model, unit.setting, items), self.fitted[unit.setting][REFERENCE]
+        batch, reference = Batch(self.model, unit.setting, items), self.fitted[unit.setting][defaults.REFERENCE]
         for name in accuracy.warm(batch, reference, self._able(unit)):
             advance(0, note=f"compiled {name}")
 
@@ -149,7 +150,7 @@ class Plan:
         items = workload.items(self.source, setting, self.options.examples, unit.seed)
         for start in range(0, len(items), setting.batch):
             batch = Batch(self.model, setting, items[start : start + setting.batch])
-            for name in accuracy.run(batch, self.fitted[setting][REFERENCE], able, tallies, errors=start == 0):
+            for name in accuracy.run(batch, self.fitted[setting][defaults.REFERENCE], able, tallies, errors=start == 0):
                 advance(1, note=f"{unit.task} {name}")
             advance(len(unit.methods) - len(able))
         for name in unit.methods:
@@ -178,7 +179,7 @@ class Plan:
 
 
 def _settings(model: LanguageModel, source: Source, options: Options) -> list[Setting]:
-    context = min(1024, model.config.max_positions) if options.context is None else options.context
+    context = min(defaults.CONTEXT, model.config.max_positions) if options.context is None else options.context
     lengths = [context] if isinstance(context, int) else dict.fromkeys(context)
     batch, follow = min(options.batch, options.examples), room(source.vocabulary)
     return [Setting(length, follow, batch, options.query_aware, options.dtype) for length in lengths]
@@ -187,7 +188,7 @@ def _settings(model: LanguageModel, source: Source, options: Options) -> list[Se
 def _fields(cost: profile.Cost, target: int | None) -> Record:
     """A record's part that says what a method costs; target: bytes of a row that it was to take."""
     notes = [cost.note] if cost.note else []
-    if target is not None and abs(cost.cache_bytes - target) > SAME_BYTES * target:
+    if target is not None and not same_memory(cost.cache_bytes, target):
         notes.append(f"{cost.cache_bytes / target:.0%} of the budget's bytes")
     return {
         "cache_bytes": cost.cache_bytes,
@@ -205,7 +206,19 @@ def _fields(cost: profile.Cost, target: int | None) -> Record:
     }
 
 
-@contextlib.contextmanager
-def _silent(label: str, total: int) -> Iterator[Advance]:
-    del label, total
-    yield lambda steps=1, note="": None
+def _finite(record: Record) -> Record:
+    """The record; raises NumericsError where a number in it is a NaN or an infinity."""
+    wrong = [name for name, value in record.items() if not np.all(np.isfinite(_numbers(value)))]
+    if wrong:
+        where = ", ".join(f"{name} {record[name]}" for name in KEY)
+        raise NumericsError(
+            f"{' and '.join(wrong)} of {where} came out as {', '.join(str(record[name]) for name in wrong)}, not a "
+            f"finite number, so the run stops. The model's outputs overflow or its weights hold such numbers: check "
+            f"them with the method 'full' and dtype float32; if full is finite there, the method's codec overflows."
+        )
+    return record
+
+
+def _numbers(value: Any) -> list[float]:
+    values = value if isinstance(value, list) else [value]
+    return [one for one in values if isinstance(one, int | float)]

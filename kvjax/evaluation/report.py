@@ -17,9 +17,10 @@ import jinja2
 from markupsafe import Markup, escape
 
 from kvjax.evaluation import plot
-from kvjax.evaluation.finding import findings, interval, percent
+from kvjax.evaluation.figure import byte_size, interval, number, percent
+from kvjax.evaluation.finding import findings
 from kvjax.evaluation.summary import Estimate, Record, Row, by_context, frontier, names, points, summarise
-from kvjax.evaluation.table import number
+from kvjax.evaluation.table import counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +37,8 @@ class Section:
     narrow: Markup | None
 
     @property
-    def examples(self) -> int:
-        return max(row.examples for row in self.rows)
+    def asked(self) -> str:
+        return counted(self.rows)
 
     @property
     def seeds(self) -> int:
@@ -67,7 +68,7 @@ def html(rows: Sequence[Row], *, config: Mapping[str, Any], run: Mapping[str, An
     return _template().render(
         title=_title(sections, config),
         style=Markup(plot.style_sheet() + _source("report.css")),
-        findings=[_joined(sentence) for sentence in findings(rows)],
+        findings=[_joined(sentence) for sentence in findings(rows, config)],
         protocol=_protocol(config),
         sections=sections,
         facts=_facts(run),
@@ -148,7 +149,7 @@ def _source(name: str) -> str:
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     environment.filters |= {
-        "bytes": plot.byte_size,
+        "bytes": byte_size,
         "percent": percent,
         "number": number,
         "score": _score,

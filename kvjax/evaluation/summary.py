@@ -36,12 +36,18 @@ class Estimate:
         return self.high < other.low or other.high < self.low
 
 
+def same_memory(size: float, other: float) -> bool:
+    """Whether two caches count as equally large."""
+    return abs(size - other) <= SAME_MEMORY * other
+
+
 @dataclasses.dataclass(frozen=True)
 class Row:
     """One method at one context length, over all tasks and seeds.
 
     Attributes:
-      examples: of all tasks and seeds together. seeds: how many different ones.
+      questions: that were asked and scored, of all tasks and seeds together. texts: windows of text that were read.
+      seeds: how many different ones.
       scores: per task, in [0, 1]; higher is better.
       score: the mean over tasks; None unless the method was measured on every scored task of this context.
       perplexity: per task that measures it.
@@ -57,7 +63,8 @@ class Row:
 
     method: str
     context: int
-    examples: int
+    questions: int
+    texts: int
     seeds: int
     scores: dict[str, Estimate]
     score: Estimate | None
@@ -89,6 +96,14 @@ def wilson(successes: float, trials: int) -> Estimate:
     centre = (mean + square / 2) / (1 + square)
     half = Z95 / (1 + square) * math.sqrt(mean * (1 - mean) / trials + square / (4 * trials))
     return Estimate(mean, min(max(centre - half, 0.0), mean), max(min(centre + half, 1.0), mean))
+
+
+def difference(a: Estimate, b: Estimate) -> Estimate:
+    """a - b of independent estimates, from the limits of both (Newcombe, 1998, "MOVER")."""
+    mean = a.mean - b.mean
+    below = math.hypot(a.mean - a.low, b.high - b.mean)
+    above = math.hypot(a.high - a.mean, b.mean - b.low)
+    return Estimate(mean, mean - below, mean + above)
 
 
 def average(estimates: Sequence[Estimate]) -> Estimate:
@@ -155,7 +170,8 @@ def _row(method: str, context: int, records: Sequence[Record]) -> Row:
     return Row(
         method=method,
         context=context,
-        examples=sum(_column(records, "examples")),
+        questions=_examples(records, "score"),
+        texts=_examples(records, "perplexity"),
         seeds=len({record.get("seed") for record in records}),
         scores={task: _score(group) for task, group in of_task.items() if _column(group, "score")},
         score=None,
@@ -183,6 +199,11 @@ def _with_mean(row: Row) -> Row:
 def _score(records: Sequence[Record]) -> Estimate:
     scored = [record for record in records if record.get("score") is not None]
     return wilson(sum(r["score"] * r["examples"] for r in scored), sum(r["examples"] for r in scored))
+
+
+def _examples(records: Sequence[Record], measured: str) -> int:
+    """Examples of the records that hold a measurement of this name."""
+    return sum(record["examples"] for record in records if record.get(measured) is not None)
 
 
 def _column(records: Sequence[Record], name: str) -> list[Any]:

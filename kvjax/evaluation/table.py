@@ -8,9 +8,8 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from kvjax.evaluation.finding import percent
-from kvjax.evaluation.plot import byte_size
-from kvjax.evaluation.summary import Estimate, Row, by_context, frontier, names, points
+from kvjax.evaluation.figure import byte_size, number, percent, spread
+from kvjax.evaluation.summary import Row, by_context, frontier, names, points
 
 #: Columns that fit beside the method's name.
 MOST_TASKS = 4
@@ -21,31 +20,18 @@ def tables(rows: Sequence[Row]) -> list[RenderableType]:
     made: list[RenderableType] = []
     for context, group in by_context(rows).items():
         tasks = names(row.scores for row in group)
-        examples = max(row.examples for row in group)
-        made.append(
-            f"{context} tokens, {examples} examples per method; percent right ± 95 % interval; • Pareto frontier"
-        )
+        made.append(f"{context} tokens; {counted(group)}; percent right ± 95 % interval; • Pareto frontier")
         made.append(_costs(group, tasks if len(tasks) <= MOST_TASKS else []))
         if len(tasks) > MOST_TASKS:
             made += [_tasks(group, tasks[i : i + 2 * MOST_TASKS]) for i in range(0, len(tasks), 2 * MOST_TASKS)]
     return made
 
 
-def spread(score: Estimate | None) -> str:
-    """ "97 ±3": percent, with the longer side of the 95 % interval."""
-    if score is None:
-        return "–"
-    half = max(score.high - score.mean, score.mean - score.low)
-    return f"{100 * score.mean:.0f} ±{100 * half:.0f}"
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    """A number with that many significant digits, or a dash."""
-    if value is None:
-        return "–"
-    if abs(value) >= 10 ** (digits - 1) or value == 0:
-        return f"{value:.0f}"
-    return f"{value:.{digits}g}"
+def counted(rows: Sequence[Row]) -> str:
+    """How much each method was asked: "144 questions and 48 texts per method"; the most, where methods differ."""
+    counts = {"question": max(row.questions for row in rows), "text": max(row.texts for row in rows)}
+    parts = [f"{count:,} {name}{'s' if count != 1 else ''}" for name, count in counts.items() if count]
+    return f"{' and '.join(parts)} per method"
 
 
 def _costs(rows: Sequence[Row], tasks: Sequence[str]) -> Table:
