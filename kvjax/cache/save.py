@@ -36,8 +36,9 @@ from kvjax.cache.method import CacheMethod
 from kvjax.cache.model_cache import ModelCache
 from kvjax.errors import CorruptDataError, KvjaxError, UsageError
 from kvjax.typing import Array
+from pallas_kernels import rows
 
-FORMAT, VERSION = "kvjax.cache", 1
+FORMAT, VERSION = "kvjax.cache", 2
 DOCUMENT = "cache.json"
 _DOCUMENT_LIMIT = 64 << 20
 _EXTRA = re.compile(r"extras\.[a-z_]{1,40}")
@@ -61,7 +62,7 @@ def save(
     path = Path(path)
     _check_target(path, overwrite)
     described = _describe(cache)
-    leaves = _named_leaves(cache) | {f"extras.{name}": x for name, x in (extras or {}).items()}
+    leaves = _named_leaves(rows.unfold(cache)) | {f"extras.{name}": x for name, x in (extras or {}).items()}
     arrays = {name: _to_host(name, leaf) for name, leaf in leaves.items()}
     scratch = path.parent / f".{path.name}.{secrets.token_hex(8)}.partial"
     scratch.mkdir(parents=True)
@@ -87,12 +88,12 @@ def load(path: str | Path) -> tuple[ModelCache, dict[str, Array]]:
         raise UsageError(f"{path} is not a saved cache (it holds no {DOCUMENT}); give a folder that save_cache wrote")
     document = _read_document(path / DOCUMENT)
     folder, index = _contents(path, document)
-    template = _template(path / DOCUMENT, document)
+    template = jax.eval_shape(rows.unfold, _template(path / DOCUMENT, document))
     expected = {name: (leaf.shape, str(leaf.dtype)) for name, leaf in _named_leaves(template).items()}
     extras = {name: _extra_shape(path / DOCUMENT, name, index[name]) for name in index if name.startswith("extras.")}
     arrays = {name: jnp.array(x) for name, x in read_arrays(path / folder, index, expected | extras)}
     cache = jax.tree.unflatten(jax.tree.structure(template), [arrays[name] for name in expected])
-    return cache, {name.removeprefix("extras."): arrays[name] for name in extras}
+    return rows.fold(cache), {name.removeprefix("extras."): arrays[name] for name in extras}
 
 
 def _describe(cache: ModelCache) -> dict[str, Any]:

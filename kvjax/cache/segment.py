@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from kvjax.cache.codec import Codec
 from kvjax.typing import Array, PyTree
+from pallas_kernels.rows import Rows, each
 
 EMPTY = -1
 
@@ -19,7 +21,7 @@ class Segment:
     """Encoded keys and values of S = M·block slots, and whose they are.
 
     Attributes:
-      keys, values: stores of the codecs, leaves [B, K, S/codec.block, ...].
+      keys, values: stores of the codecs, leaves [B, K, S or S/codec.block, ...].
       positions: int32 [B, K or 1, S], the original position of each slot's token; -1 marks an empty slot. The head
         axis is 1 where all heads hold the same tokens.
       stats: f32 [B, K, S], the policy's statistic of each slot, or None.
@@ -84,12 +86,14 @@ class Segment:
         }
         old = {"keys": self.keys, "values": self.values, "positions": self.positions, "stats": self.stats}
 
-        def put(slot: Array, new: Array) -> Array:
+        def put(slot: Any, new: Any) -> Any:
+            if isinstance(slot, Rows):
+                return slot.prefix(new.natural())
             if new.shape == slot.shape:
                 return new.astype(slot.dtype)
             return jax.lax.dynamic_update_slice(slot, new.astype(slot.dtype), (0,) * slot.ndim)
 
-        return dataclasses.replace(self, **jax.tree.map(put, old, fresh))
+        return dataclasses.replace(self, **each(put, old, fresh))
 
     def write(
         self, keys: Array, values: Array, positions: Array, stats: Array | None, block: Array, size: int
@@ -101,16 +105,16 @@ class Segment:
         """
         return dataclasses.replace(
             self,
-            keys=_scatter(self.keys, self.key_codec.encode(keys), block, size // self.key_codec.block),
-            values=_scatter(self.values, self.value_codec.encode(values), block, size // self.value_codec.block),
-            positions=_scatter(self.positions, positions, block, size),
-            stats=None if self.stats is None else _scatter(self.stats, stats, block, size),
+            keys=_scatter(self.keys, self.key_codec.encode(keys), block),
+            values=_scatter(self.values, self.value_codec.encode(values), block),
+            positions=_scatter(self.positions, positions, block),
+            stats=None if self.stats is None else _scatter(self.stats, stats, block),
         )
 
     def clear(self, block: Array, size: int) -> Segment:
         """Blocks of `size` slots marked as empty; block as in `write`."""
         gone = jnp.full((*self.positions.shape[:2], size), EMPTY, jnp.int32)
-        return dataclasses.replace(self, positions=_scatter(self.positions, gone, block, size))
+        return dataclasses.replace(self, positions=_scatter(self.positions, gone, block))
 
     def read(self, start: Array, size: int) -> tuple[Array, Array, Array, Array | None]:
         """`size` consecutive slots from `start` int32 [B]: keys, values [B, K, size, H], positions, stats.
@@ -128,19 +132,33 @@ class Segment:
         return keys, values, take(self.positions), None if self.stats is None else take(self.stats)
 
 
-def _scatter(store: PyTree, fresh: PyTree, block: Array, per_block: int) -> PyTree:
-    """Writes leaves [B, K, per_block, ...] over the blocks `block` [B, K or 1] of [B, K, S', ...]; M writes nothing."""
+def _scatter(store: PyTree, fresh: PyTree, block: Array) -> PyTree:
+    """Writes leaves [B, K, n, ...] over entries block·n … (block + 1)·n - 1 of [B, K, n', ...]; block [B, K or 1].
 
-    def put(leaf: Array, new: Array) -> Array:
+    A block beyond the last writes nothing.
+    """
+
+    def where(entries: int) -> Array:
+        return block[..., None] * entries + jnp.arange(entries)
+
+    def put(leaf: Any, new: Any) -> Any:
+        return _put_rows(leaf, new) if isinstance(leaf, Rows) else _put(leaf, new)
+
+    def _put_rows(leaf: Rows, new: Rows) -> Rows:
+        lead = leaf.data.shape[:2]
+        return leaf.put(jnp.broadcast_to(where(new.slots), (*lead, new.slots)), new.natural())
+
+    def _put(leaf: Array, new: Array) -> Array:
         batch, heads = leaf.shape[:2]
         new = jnp.broadcast_to(new, (batch, heads, *new.shape[2:])).astype(leaf.dtype)
         rows = jnp.arange(batch)[:, None, None]
         cols = jnp.arange(heads)[None, :, None]
-        where = block[:, :heads, None] * per_block + jnp.arange(per_block)
-        out = _bits(leaf).at[rows, cols, where].set(_bits(new), mode="drop", unique_indices=True)
+        out = (
+            _bits(leaf).at[rows, cols, where(new.shape[2])[:, :heads]].set(_bits(new), mode="drop", unique_indices=True)
+        )
         return jax.lax.bitcast_convert_type(out, leaf.dtype)
 
-    return jax.tree.map(put, store, fresh)
+    return each(put, store, fresh)
 
 
 def _bits(x: Array) -> Array:

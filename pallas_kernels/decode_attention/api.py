@@ -40,7 +40,7 @@ def decode_attention(
 
     Args:
       q: [B, K, R, H], rotated; R = G · T queries that read kv head k.
-      keys: loader with slots [B, K or 1, M, ...].
+      keys: loader with slots [B, K or 1, n, ...].
       values: loader of as many slots; its block may differ from that of the keys.
       valid: bool [B, K or 1, S].
       positions: int32 [B, K or 1, S], original position of each slot; needed with a window.
@@ -93,10 +93,8 @@ def _check(q: jax.Array, keys: Loader, values: Loader, valid: jax.Array, slotwis
                 raise ValueError(
                     f"slots of {name} must lead with [B, K or 1] = [{batch}, {heads} or 1]; got {leaf.shape}"
                 )
-            if leaf.shape[2] * loader.block != valid.shape[-1]:
-                raise ValueError(
-                    f"{name} hold {leaf.shape[2]} blocks of {loader.block} slots, but valid has {valid.shape[-1]}"
-                )
+        if loader.count != valid.shape[-1]:
+            raise ValueError(f"{name} hold {loader.count} slots, but valid has {valid.shape[-1]}")
     for name, x in {"valid": valid, **slotwise}.items():
         if x is not None and (x.ndim != 3 or x.shape[0] != batch or x.shape[1] not in (1, heads)):
             raise ValueError(f"{name} must be [B, K or 1, S] = [{batch}, {heads} or 1, S]; got {x.shape}")

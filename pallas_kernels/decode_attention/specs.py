@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.loader import DenseLoader, IntegerLoader, Loader, RotatedLoader
 from pallas_kernels.rope import Rope
+from pallas_kernels.rows import Rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,10 +20,11 @@ class Format:
     Attributes:
       bits: 32 and 16 are float32 and bfloat16; 8, 4 and 2 are packed codes.
       block: slots per block of codes; scales are per slot at 1 and per block above.
-      group: channels that share a scale; None means all of a head (per slot) or each its own (per block).
+      group: channels that share a scale where scales are per slot; None means all of a head.
       symmetric: codes without a zero point.
       shared: one store for all kv heads.
       rotated: rotary embedding is applied when the keys are read.
+      fold: slots that share a row of codes.
     """
 
     bits: int = 32
@@ -31,6 +33,7 @@ class Format:
     symmetric: bool = False
     shared: bool = False
     rotated: bool = False
+    fold: int = 1
 
     def loader(self, key: jax.Array, batch: int, heads: int, slots: int, dim: int) -> Loader:
         """Random contents; `slots` must be a multiple of `block`."""
@@ -47,14 +50,13 @@ class Format:
             dtype = {32: jnp.float32, 16: jnp.bfloat16}[self.bits]
             return DenseLoader(jax.random.normal(key, (*lead, slots, dim), dtype))
         code_key, scale_key, zero_key = jax.random.split(key, 3)
-        blocks = slots // self.block
-        codes = jax.random.bits(code_key, (*lead, blocks, self.block, dim * self.bits // 8), jnp.uint8)
-        groups = dim // (self.group or dim) if self.block == 1 else dim // (self.group or 1)
+        codes = Rows.of(jax.random.bits(code_key, (*lead, slots, dim * self.bits // 8), jnp.uint8), self.fold)
         levels = 2**self.bits - 1
-        shape = (*lead, blocks, 1, groups)
+        groups = dim // (self.group or dim) if self.block == 1 else 1
+        shape = (groups, *lead, slots) if self.block == 1 else (1, *lead, slots // self.block, dim)
         scale = (jax.random.uniform(scale_key, shape, minval=1.0, maxval=4.0) / levels).astype(jnp.bfloat16)
-        zero = None if self.symmetric else -jax.random.uniform(zero_key, shape, maxval=3.0).astype(jnp.bfloat16)
-        return IntegerLoader(codes, scale, zero, self.bits)
+        zero = None if self.symmetric else tuple(-jax.random.uniform(zero_key, shape, maxval=3.0).astype(jnp.bfloat16))
+        return IntegerLoader(codes, tuple(scale), zero, self.bits, self.block)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,5 +139,8 @@ SPECS = (
     DecodeSpec("softcap", 2, 2, 4, 130, 128, softcap=3.0),
     DecodeSpec("query_chunk", 1, 2, 512, 700, 32, INT8, INT8, window=650),
     DecodeSpec("query_chunk_dense", 1, 2, 256, 900, 64),
+    DecodeSpec("folded_int4", 2, 2, 4, 1024, 128, Format(4, fold=2), Format(4, fold=2), lengths=(1024, 300)),
+    DecodeSpec("folded_int2", 1, 1, 8, 1024, 64, Format(2, group=32, fold=8), Format(8, symmetric=True, fold=2)),
+    DecodeSpec("folded_kivi4", 2, 2, 4, 512, 64, Format(4, block=32, fold=4), Format(4, group=32, fold=4), window=300),
     DecodeSpec("empty", 2, 2, 4, 32, 32, INT8, INT8, lengths=(0, 0)),
 )

@@ -120,7 +120,7 @@ def _mix(loader: Loader, weights: jax.Array, valid: jax.Array) -> jax.Array:
 
 
 def _arrange(loader: Loader, rows: jax.Array) -> tuple[tuple[int, ...], Loader, jax.Array]:
-    """The problem in lanes: their shape, the loader's slots [*lanes, M, ...] and `rows` [B, K, R, ...] in that form.
+    """The problem in lanes: their shape, the loader's slots [*lanes, n, ...] and `rows` [B, K, R, ...] in that form.
 
     Nothing is shared by heads: each (row, head) is a lane. Everything is: rows are lanes, and the heads' queries
     become queries of one head. Something is: (B, K), and what is shared keeps a head axis of 1. Elsewhere there is no
@@ -153,25 +153,26 @@ def _by_chunk(
     """Reads the slots of some lanes, a chunk at a time, and goes on to the next lanes.
 
     Args:
-      loader: slots [*lanes, M, ...].
+      loader: slots [*lanes, n, ...].
       lanes: the shape of the lanes; the first axis is the one that is walked.
       own: pytree of what each lane needs beside its slots, leaves [*lanes, ...].
       read: (loader of one chunk, `own` of its lanes, function that cuts the chunk out of a last axis S) -> array.
       join: makes one array of what `read` gives for the chunks.
     """
     axis = len(lanes)
-    blocks = jax.tree.leaves(loader.slots)[0].shape[axis]
+    blocks = loader.count // loader.block
     block_elements = math.prod(lanes[1:]) * loader.block * loader.head_dim
     elements = lanes[0] * blocks * block_elements
-    together, chunk = _sizes(lanes[0], blocks, 4 * block_elements)
+    together, chunk = _sizes(lanes[0], blocks, 4 * block_elements, loader.granularity)
 
     def visit(first: Any) -> jax.Array:
         mine = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, together), own)
 
         def piece(start: Any, size: int) -> jax.Array:
             def cut(x: jax.Array) -> jax.Array:
-                begin = (first, *(0,) * (axis - 1), start, *(0,) * (x.ndim - axis - 1))
-                sizes = (together, *x.shape[1:axis], size, *x.shape[axis + 1 :])
+                entries = x.shape[axis]  # one per slot, per block, or per row of several slots
+                begin = (first, *(0,) * (axis - 1), start * entries // blocks, *(0,) * (x.ndim - axis - 1))
+                sizes = (together, *x.shape[1:axis], size * entries // blocks, *x.shape[axis + 1 :])
                 return (_slice_bits if _widens(x, elements) else jax.lax.dynamic_slice)(x, begin, sizes)
 
             def at(x: jax.Array) -> jax.Array:
@@ -209,11 +210,11 @@ def _slice_bits(x: jax.Array, begin: tuple[Any, ...], sizes: tuple[int, ...]) ->
     return jax.lax.bitcast_convert_type(jax.lax.dynamic_slice(bits, begin, sizes), x.dtype)
 
 
-def _sizes(lanes: int, blocks: int, block_bytes: int) -> tuple[int, int]:
-    """(lanes at once, blocks per chunk) whose decoded slots fit the platform's chunk."""
+def _sizes(lanes: int, blocks: int, block_bytes: int, granularity: int) -> tuple[int, int]:
+    """(lanes at once, blocks per chunk, a multiple of `granularity`) whose decoded slots fit the platform's chunk."""
     on_cpu = jax.default_backend() == "cpu"
     room = (CPU_CHUNK_BYTES if on_cpu else ACCELERATOR_CHUNK_BYTES // lanes) // block_bytes
-    chunk = max(1, min(blocks, room))
+    chunk = max(1, min(blocks, room) // granularity) * granularity
     return divisor_at_most(lanes, room // blocks) if on_cpu else lanes, chunk
 
 

@@ -200,7 +200,7 @@ def test_claims_that_the_method_does_not_back(
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda d: d.update(version=2), ("version 2", "reads 'kvjax.cache' version 1")),
+        (lambda d: d.update(version=1), ("version 1", "reads 'kvjax.cache' version 2")),
         (lambda d: d.update(format="other"), ("'other'",)),
         (lambda d: d["method"]["policy"].update(part="Oracle"), ("unknown part 'Oracle'", "written by kvjax")),
         (lambda d: d["method"].update(colour="red"), ("no field 'colour'",)),

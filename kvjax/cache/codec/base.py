@@ -10,14 +10,16 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.typing import Array, PyTree
+from pallas_kernels import rows
 from pallas_kernels.loader import Loader
 
 
 class Codec(abc.ABC):
     """A storage format. Codecs are frozen dataclasses: hashable, comparable, without arrays.
 
-    A store is a pytree whose leaves lead with [..., M]: M blocks of `block` tokens. All methods work under `jit` and
-    `vmap`; what they compute for one block depends on that block alone.
+    A store is a pytree whose leaves are arrays that lead with [..., n], one entry per token or per block of `block`
+    tokens, and `pallas_kernels.rows.Rows`. All methods work under `jit` and `vmap`; what they compute for one block
+    depends on that block alone.
     """
 
     @property
@@ -45,9 +47,8 @@ class Codec(abc.ABC):
     @final
     def empty(self, lead_shape: tuple[int, ...], blocks: int, head_dim: int, dtype: jnp.dtype) -> PyTree:
         """A store of zeros for `blocks` blocks; decodes to zeros. `dtype` is that of the vectors to come."""
-        return jax.tree.map(
-            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self._layout((*lead_shape, blocks), head_dim, dtype)
-        )
+        layout = self._layout((*lead_shape, blocks), head_dim, dtype)
+        return rows.fold(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), layout))
 
     @final
     def bits_per_element(self, head_dim: int, dtype: jnp.dtype) -> float:

@@ -13,6 +13,7 @@ from kvjax.errors import UsageError, unknown
 from kvjax.typing import Array
 from pallas_kernels.loader import IntegerLoader
 from pallas_kernels.packing import WIDTHS, pack
+from pallas_kernels.rows import Rows
 
 LIMIT = 2.0**126
 """Largest magnitude that is coded; what lies beyond saturates, so that no step of decoding overflows float32."""
@@ -24,17 +25,18 @@ MIN_SCALE = 2.0**-125
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class IntegerStore:
-    """Packed codes and their scales; C is the number of channel groups of a token, or H with scales per channel.
+    """Packed codes and their scales, as `pallas_kernels.IntegerLoader` reads them.
 
     Attributes:
-      codes: uint8 [..., M, block, H·bits/8], packed in planes (`pallas_kernels.packing`).
-      scale: bfloat16 [..., M, block, C] (axis 'token') or [..., M, 1, H] (axis 'channel').
+      codes: H·bits/8 uint8 per token, packed in planes (`pallas_kernels.packing`).
+      scale: bfloat16. Axis 'token': one array [..., S] per group of neighbouring channels. Axis 'channel': one array
+        [..., M, H].
       zero: as `scale`: the value of code 0; None for symmetric codes, where it is -2**(bits - 1) * scale.
     """
 
-    codes: Array
-    scale: Array
-    zero: Array | None
+    codes: Rows
+    scale: tuple[Array, ...]
+    zero: tuple[Array, ...] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,28 +110,30 @@ class Integer(Codec):
         inside = jnp.where(jnp.isnan(x), low, jnp.clip(x, low, high))
         codes = jnp.clip(jnp.round((inside - base) / step), 0, 2**self.bits - 1).astype(jnp.uint8)
 
-        def squeeze(a: Array) -> Array:
-            return a.reshape(*a.shape[:-2], -1)
+        def parts(a: Array) -> tuple[Array, ...]:
+            return tuple(jnp.moveaxis(a[..., 0, :, 0], -1, 0)) if self.axis == "token" else (a[..., 0, :, 0],)
 
-        packed = pack(codes.reshape(*codes.shape[:-2], head_dim), self.bits)
-        return IntegerStore(packed, squeeze(scale), None if zero is None else squeeze(zero))
+        packed = pack(codes.reshape(*lead, tokens, head_dim), self.bits)
+        return IntegerStore(Rows.of(packed), parts(scale), None if zero is None else parts(zero))
 
     def loader(self, store: IntegerStore) -> IntegerLoader:
-        return IntegerLoader(store.codes, store.scale, store.zero, self.bits)
+        return IntegerLoader(store.codes, store.scale, store.zero, self.bits, self.block)
 
     def error_bound(self, store: IntegerStore) -> Array:
         """f32 [..., S, H]: no element within ±`LIMIT` is further than this from what it decodes to.
 
         Half the stored scale, and the float32 rounding of `(x - zero) / scale` and of `code * scale + zero`.
         """
-        scale = store.scale.astype(jnp.float32)
+        scale = self._spread(store.scale, store)
         levels = 2.0**self.bits
-        zero = levels * scale if store.zero is None else jnp.abs(store.zero.astype(jnp.float32))
-        bound = 0.5 * scale + 2.0**-22 * (levels * scale + zero)
-        *lead, blocks, _, groups = bound.shape
-        head_dim = store.codes.shape[-1] * 8 // self.bits
-        full = jnp.broadcast_to(bound[..., None], (*lead, blocks, self.block, groups, head_dim // groups))
-        return full.reshape(*lead, blocks * self.block, head_dim)
+        zero = levels * scale if store.zero is None else jnp.abs(self._spread(store.zero, store))
+        return 0.5 * scale + 2.0**-22 * (levels * scale + zero)
+
+    def _spread(self, parts: tuple[Array, ...], store: IntegerStore) -> Array:
+        """f32 [..., S, H] of scales or zero points."""
+        head_dim = store.codes.width * 8 // self.bits
+        x = jnp.stack(parts, axis=-1) if self.axis == "token" else jnp.repeat(parts[0], self.block, axis=-2)
+        return jnp.repeat(x.astype(jnp.float32), head_dim // x.shape[-1], axis=-1)
 
     def _channels(self, head_dim: int) -> int:
         """Neighbouring channels that share a scale."""
