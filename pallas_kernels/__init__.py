@@ -1,6 +1,7 @@
 """Attention kernels: one algorithm per op, formats as loaders. Imports nothing but JAX and NumPy."""
 
 from pallas_kernels.attention_mass import attention_mass
+from pallas_kernels.cache_update import cache_update
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.dispatch import Support
 from pallas_kernels.loader import BlockLoader, DenseLoader, IntegerLoader, Loader, RotatedLoader
@@ -19,6 +20,7 @@ __all__ = [
     "RotatedLoader",
     "Support",
     "attention_mass",
+    "cache_update",
     "decode_attention",
     "merge",
     "prefill_attention",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pallas_kernels.attention_mass.api import OP as ATTENTION_MASS
+from pallas_kernels.cache_update.api import OP as CACHE_UPDATE
 from pallas_kernels.decode_attention.api import OP as DECODE_ATTENTION
 from pallas_kernels.dispatch import Support
 from pallas_kernels.prefill_attention.api import OP as PREFILL_ATTENTION
 
-OPS = (PREFILL_ATTENTION, DECODE_ATTENTION, ATTENTION_MASS)
+OPS = (PREFILL_ATTENTION, DECODE_ATTENTION, ATTENTION_MASS, CACHE_UPDATE)
 
 
 def supported(platform: str | None = None) -> tuple[Support, ...]:

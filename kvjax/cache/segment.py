@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from kvjax.cache.codec import Codec
 from kvjax.typing import Array, PyTree
+from pallas_kernels import cache_update
 from pallas_kernels.rows import Rows, each
 
 EMPTY = -1
@@ -105,16 +106,16 @@ class Segment:
         """
         return dataclasses.replace(
             self,
-            keys=_scatter(self.keys, self.key_codec.encode(keys), block),
-            values=_scatter(self.values, self.value_codec.encode(values), block),
-            positions=_scatter(self.positions, positions, block),
-            stats=None if self.stats is None else _scatter(self.stats, stats, block),
+            keys=cache_update(self.keys, keys, block, encode=self.key_codec.encode),
+            values=cache_update(self.values, values, block, encode=self.value_codec.encode),
+            positions=cache_update(self.positions, positions, block),
+            stats=None if self.stats is None else cache_update(self.stats, stats, block),
         )
 
     def clear(self, block: Array, size: int) -> Segment:
         """Blocks of `size` slots marked as empty; block as in `write`."""
         gone = jnp.full((*self.positions.shape[:2], size), EMPTY, jnp.int32)
-        return dataclasses.replace(self, positions=_scatter(self.positions, gone, block))
+        return dataclasses.replace(self, positions=cache_update(self.positions, gone, block))
 
     def read(self, start: Array, size: int) -> tuple[Array, Array, Array, Array | None]:
         """`size` consecutive slots from `start` int32 [B]: keys, values [B, K, size, H], positions, stats.
@@ -130,38 +131,3 @@ class Segment:
         keys = self.key_codec.decode(jax.tree.map(take, self.keys))
         values = self.value_codec.decode(jax.tree.map(take, self.values))
         return keys, values, take(self.positions), None if self.stats is None else take(self.stats)
-
-
-def _scatter(store: PyTree, fresh: PyTree, block: Array) -> PyTree:
-    """Writes leaves [B, K, n, ...] over entries block·n … (block + 1)·n - 1 of [B, K, n', ...]; block [B, K or 1].
-
-    A block beyond the last writes nothing.
-    """
-
-    def where(entries: int) -> Array:
-        return block[..., None] * entries + jnp.arange(entries)
-
-    def put(leaf: Any, new: Any) -> Any:
-        return _put_rows(leaf, new) if isinstance(leaf, Rows) else _put(leaf, new)
-
-    def _put_rows(leaf: Rows, new: Rows) -> Rows:
-        lead = leaf.data.shape[:2]
-        return leaf.put(jnp.broadcast_to(where(new.slots), (*lead, new.slots)), new.natural())
-
-    def _put(leaf: Array, new: Array) -> Array:
-        batch, heads = leaf.shape[:2]
-        new = jnp.broadcast_to(new, (batch, heads, *new.shape[2:])).astype(leaf.dtype)
-        rows = jnp.arange(batch)[:, None, None]
-        cols = jnp.arange(heads)[None, :, None]
-        out = (
-            _bits(leaf).at[rows, cols, where(new.shape[2])[:, :heads]].set(_bits(new), mode="drop", unique_indices=True)
-        )
-        return jax.lax.bitcast_convert_type(out, leaf.dtype)
-
-    return each(put, store, fresh)
-
-
-def _bits(x: Array) -> Array:
-    """16-bit floats on a CPU as bits: XLA has no such floats there, and would widen all of `x` to write a part."""
-    widens = x.dtype in (jnp.bfloat16, jnp.float16) and jax.default_backend() == "cpu"
-    return jax.lax.bitcast_convert_type(x, jnp.uint16) if widens else x

@@ -1,0 +1,44 @@
+"""`cache_update` for XLA: a scatter per leaf, which a donated store takes in place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.rows import Rows, each
+
+PyTree = Any
+
+
+def run(store: PyTree, fresh: PyTree, block: jax.Array) -> PyTree:
+    """See `api.cache_update`."""
+    return each(lambda leaf, new: write(leaf, new, block), store, fresh)
+
+
+def write(leaf: Any, new: Any, block: jax.Array) -> Any:
+    """One leaf; block int32 [B, K or 1]."""
+    if isinstance(leaf, Rows):
+        size, lead = new.slots, leaf.data.shape[:2]
+        entries = _entries(block, size)
+        return leaf.put(
+            jnp.broadcast_to(entries, (*lead, size)), jnp.broadcast_to(new.natural(), (*lead, size, new.width))
+        )
+    batch, heads = leaf.shape[:2]
+    entries = _entries(block, new.shape[2])
+    new = jnp.broadcast_to(new, (batch, heads, *new.shape[2:])).astype(leaf.dtype)
+    rows, cols = jnp.arange(batch)[:, None, None], jnp.arange(heads)[None, :, None]
+    out = _bits(leaf).at[rows, cols, entries[:, :heads]].set(_bits(new), mode="drop", unique_indices=True)
+    return jax.lax.bitcast_convert_type(out, leaf.dtype)
+
+
+def _entries(block: jax.Array, size: int) -> jax.Array:
+    """int32 [B, K or 1, size]: the entries of a block."""
+    return block[..., None] * size + jnp.arange(size)
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    """16-bit floats on a CPU as bits: XLA has no such floats there, and would widen all of `x` to write a part."""
+    widens = x.dtype in (jnp.bfloat16, jnp.float16) and jax.default_backend() == "cpu"
+    return jax.lax.bitcast_convert_type(x, jnp.uint16) if widens else x
