@@ -98,7 +98,12 @@ def tile(fold: int) -> int:
 
 def each(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     """`jax.tree.map` in which `Rows` are leaves."""
-    return jax.tree.map(function, tree, *rest, is_leaf=lambda x: isinstance(x, Rows))
+    return jax.tree.map(function, tree, *rest, is_leaf=is_rows)
+
+
+def is_rows(x: Any) -> bool:
+    """Whether x is `Rows`."""
+    return isinstance(x, Rows)
 
 
 def fold(tree: Any, platform: str | None = None) -> Any:
@@ -117,7 +122,15 @@ def unfold(tree: Any) -> Any:
 
 def fold_for(width: int, slots: int, platform: str | None = None) -> int:
     """Slots per row that fill 128 lanes where the platform has lanes, and 1 where they would not come out even."""
-    if (platform or jax.default_backend()) != "tpu" or LANES % width:
-        return 1
-    fold = LANES // width
+    fold = LANES // width if even_slots(width, platform) > 1 else 1
     return fold if slots % tile(fold) == 0 else 1
+
+
+def even_slots(width: int, platform: str | None = None) -> int:
+    """The multiple of which a number of slots must be for `fold_for` to fill the lanes."""
+    return tile(LANES // width) if (platform or here()) == "tpu" and LANES % width == 0 else 1
+
+
+def here() -> str:
+    """The platform for which stores are laid out: this process's backend."""
+    return jax.default_backend()

@@ -116,7 +116,7 @@ class CacheMethod:
             assert isinstance(self.recent, int)
             ring = ring_slots(self.recent, self.block)
             body = ceil_to(dims.max_length - self.sinks - ring, self.block)
-            return Layout(self.block, self.sinks, ring, body, body)
+            return Layout(self.block, self.sinks, ring, body, self._even(body, dims))
         tokens = self.budget.tokens(dims.prompt_length)
         ring = self._ring(tokens)
         # A shorter row can have a smaller ring and, by rounding to blocks, one block more in its body.
@@ -126,7 +126,12 @@ class CacheMethod:
         if self.every is not None:
             growth, spare = 0, self.every - self.block
         most = ceil_to(dims.max_length - self.sinks - ring, self.block)
-        return Layout(self.block, self.sinks, ring, min(kept, most), min(kept + growth + spare, most))
+        return Layout(self.block, self.sinks, ring, min(kept, most), self._even(min(kept + growth + spare, most), dims))
+
+    def _even(self, slots: int, dims: CacheDims) -> int:
+        """Slots rounded up so that no platform pads the rows of the stores."""
+        each = (codec.even_slots(dims.head_dim) for codec in (self.keys, self.values))
+        return ceil_to(slots, math.lcm(self.block, *each))
 
     def _check_kept(self, tokens: int, ring: int, kept: int, dims: CacheDims) -> None:
         needs_body = self.policy.per_head or (self.keys, self.values) != (EXACT, EXACT)

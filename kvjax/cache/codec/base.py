@@ -51,6 +51,12 @@ class Codec(abc.ABC):
         return rows.fold(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), layout))
 
     @final
+    def even_slots(self, head_dim: int) -> int:
+        """The multiple of tokens that a store should hold for its rows to come out even on this platform."""
+        leaves = jax.tree.leaves(self._layout((1,), head_dim, jnp.dtype("float32")), is_leaf=rows.is_rows)
+        return math.lcm(*(rows.even_slots(x.width) for x in leaves if rows.is_rows(x)))
+
+    @final
     def bits_per_element(self, head_dim: int, dtype: jnp.dtype) -> float:
         """Stored bits per element, everything counted that grows with the tokens (codes, scales, zero points)."""
         leaves = jax.tree.leaves(self._layout((1,), head_dim, dtype))
