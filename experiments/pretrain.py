@@ -84,8 +84,8 @@ def main(config: Config) -> None:
     import jax
     import jax.numpy as jnp
 
-    from experiments.progress import track
     from kvjax.models.transformer import Transformer
+    from kvjax.progress import track
     from kvjax.training.data import Batches
     from kvjax.training.initial import planted
     from kvjax.training.loop import Loop, train
@@ -130,7 +130,7 @@ def main(config: Config) -> None:
 
 def scores(forward: Forward, params: Any, shards: Any, context: int, count: int) -> dict[str, Any]:
     """Exact match of every task at `context` tokens with held-out filler, and bits per byte of the held-out text."""
-    from experiments.progress import track
+    from kvjax.progress import track
     from kvjax.tasks import TASKS, examples
     from kvjax.training import scores as measure
 

@@ -164,7 +164,10 @@ def _begin(folder: Path, seeds: Sequence[int]) -> Record:
     if path.exists():
         with contextlib.suppress(ValueError):
             previous = json.loads(path.read_text(encoding="utf-8"))
-            earlier = [*previous.get("earlier", []), {key: previous.get(key) for key in ("start", "end", "exit")}]
+            # We hold the lock: a run that still says "running" was killed before it could say how it ended.
+            exit = "killed" if previous.get("exit") == "running" else previous.get("exit")
+            attempt = {"start": previous.get("start"), "end": previous.get("end"), "exit": exit}
+            earlier = [*previous.get("earlier", []), attempt]
     info = environment.describe() | {"seeds": list(seeds), "start": _now(), "end": None, "exit": "running"}
     info["earlier"] = earlier
     write_atomically(path, json.dumps(info, indent=2) + "\n")

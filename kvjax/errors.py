@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from os import PathLike
 
 
 class KvjaxError(Exception):
@@ -50,3 +52,15 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def unknown(kind: str, name: str, known: Iterable[str]) -> UsageError:
     """The error for a name that is not registered."""
     return UsageError(f"unknown {kind} {name!r}. {nearest(name, known)}")
+
+
+@contextlib.contextmanager
+def writing(path: str | PathLike[str]) -> Iterator[None]:
+    """Turns what the system says when `path` cannot be written into a UsageError that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(
+            f"cannot write {path}: {error.strerror or error}. Choose a place that exists, has room, and is yours to "
+            "write to."
+        ) from error

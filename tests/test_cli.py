@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import pytest
 
 from experiments import __main__ as cli
-from experiments.progress import track
 from kvjax.errors import CacheFullError
+from kvjax.progress import track
 
 HELP_SECONDS = 0.5
 
@@ -134,6 +134,18 @@ def test_a_bug_keeps_its_traceback(command):
         cli.main(["try"])
 
 
+def test_what_the_system_refuses_names_the_file(command, capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+
+    def main(config):
+        (tmp_path / "file" / "below").write_text("")
+
+    command(main)
+    assert cli.main(["try"]) == 2
+    printed = "".join(capsys.readouterr().err.split())
+    assert "Notadirectory" in printed and f"{tmp_path}/file/below" in printed and "Traceback" not in printed
+
+
 def test_control_c_ends_with_130(command, capsys):
     def main(config):
         raise KeyboardInterrupt
@@ -179,7 +191,7 @@ def test_progress_without_a_terminal_is_plain_lines_on_stderr(capsys):
 def test_progress_on_a_terminal_is_a_bar():
     import pty
 
-    code = "from experiments.progress import track\nwith track('measuring', 2) as a: a(note='[x]'); a(note='done')"
+    code = "from kvjax.progress import track\nwith track('measuring', 2) as a: a(note='[x]'); a(note='done')"
     controller, terminal = pty.openpty()
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "100"}
     subprocess.run([sys.executable, "-c", code], stderr=terminal, env=environment, check=True, timeout=30)

@@ -23,6 +23,7 @@ LAYERS = {
     "kvjax.errors": (),
     "kvjax.typing": (),
     "kvjax.compat": (),
+    "kvjax.progress": (),
     "kvjax.sharding": ("kvjax.errors", "kvjax.typing", "kvjax.compat"),
     "kvjax.assets": ("kvjax.errors",),
     "kvjax.tasks": ("kvjax.tasks", "kvjax.errors"),
@@ -40,6 +41,7 @@ LAYERS = {
     "kvjax.training": ("kvjax.training", "kvjax.models", "kvjax.tasks", "kvjax.assets", *BASE),
     "kvjax.evaluation": (
         "kvjax.evaluation",
+        "kvjax.progress",
         "kvjax.engine",
         "kvjax.models",
         "kvjax.cache",
@@ -55,6 +57,7 @@ LAYERS = {
 OUTSIDE = {
     "pallas_kernels": {"jax", "numpy"},
     "kvjax.errors": set(),
+    "kvjax.progress": {"rich"},
     "kvjax.tasks": {"numpy"},
     "kvjax.cache": {"jax", "numpy", "ml_dtypes", "chex", "tensorstore"},
     "kvjax.attention": {"jax", "numpy", "flax"},

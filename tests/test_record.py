@@ -173,6 +173,8 @@ def test_a_killed_sweep_skips_what_it_finished(tmp_path):
     assert [record["seed"] for record in records] == list(range(6))
     assert len({record["process"] for record in records[:3]}) == 1
     assert records[0]["process"] != records[3]["process"]
+    (earlier,) = json.loads((tmp_path / "run.json").read_text())["earlier"]
+    assert earlier["exit"] == "killed"
 
 
 def test_a_replaced_file_is_never_half_there(tmp_path):

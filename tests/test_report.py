@@ -1,4 +1,4 @@
-"""Aggregation, intervals, findings, plot, page and table: from records to what a reader sees."""
+"""Aggregation, intervals, page and table: from records to what a reader sees."""
 
 from __future__ import annotations
 
@@ -15,42 +15,10 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from kvjax.evaluation import plot, report
-from kvjax.evaluation.finding import findings, percent
-from kvjax.evaluation.place import Box, place
+from kvjax.evaluation.figure import byte_size, number, percent
 from kvjax.evaluation.summary import Estimate, Point, average, frontier, points, summarise, wilson
-from kvjax.evaluation.table import number, tables
-
-FULL_BYTES = 4_194_304
-ACCURACY = {"full": 0.96, "random": 0.22, "streaming_llm": 0.2, "snapkv": 0.4, "int4": 0.95, "int8": 0.96, "int2": 0.1}
-RATIO = {"full": 1.03, "random": 0.28, "streaming_llm": 0.28, "snapkv": 0.28, "int4": 0.282, "int8": 0.53, "int2": 0.16}
-TASKS = ("needle", "kv", "vt")
-
-
-def record(method: str, task: str = "kv", seed: int = 0, *, context: int = 1024, **values) -> dict:
-    """A record as a comparison writes it; the score is `ACCURACY` exactly."""
-    size = round(FULL_BYTES * RATIO.get(method, 0.4))
-    return {
-        "method": method,
-        "task": task,
-        "context": context,
-        "seed": seed,
-        "score": ACCURACY.get(method, 0.5),
-        "examples": 100,
-        "perplexity": None,
-        "kl": 0.25,
-        "cache_bytes": size,
-        "effective_bytes": size - 64,
-        "bytes_per_token": size / context,
-        "ratio": size / FULL_BYTES,
-        "prefill_ms": 12.5,
-        "decode_ms_per_token": 2.25,
-        "layer_bytes": [size // 4] * 4,
-        "note": "",
-    } | values
-
-
-def sweep(methods=tuple(ACCURACY), tasks=TASKS, context: int = 1024) -> list[dict]:
-    return [record(m, t, s, context=context) for m, t, s in itertools.product(methods, tasks, range(3))]
+from kvjax.evaluation.table import tables
+from tests.evaluation.records import ACCURACY, TASKS, record, sweep
 
 
 @pytest.mark.parametrize(
@@ -77,7 +45,16 @@ def test_examples_of_all_seeds_are_pooled():
     rows = summarise([record("int4", seed=0, score=1.0, examples=10), record("int4", seed=1, score=0.5, examples=30)])
     assert rows[0].scores["kv"] == wilson(25, 40)
     assert rows[0].score == average([wilson(25, 40)])
-    assert (rows[0].examples, rows[0].seeds) == (40, 2)
+    assert (rows[0].questions, rows[0].texts, rows[0].seeds) == (40, 0, 2)
+
+
+def test_questions_and_texts_are_counted_apart():
+    text = [record("int4", "perplexity", seed, score=None, perplexity=9.5, examples=7) for seed in range(2)]
+    unable = record("int4", "perplexity-stream", score=None, examples=0)
+    rows = summarise([*sweep(["int4"]), *text, unable])
+    assert (rows[0].questions, rows[0].texts) == (900, 14)
+    assert "900 questions and 14 texts per method" in tables(rows)[0]
+    assert "14 texts per method" in tables(summarise(text))[0] and "question" not in tables(summarise(text))[0]
 
 
 def test_a_later_record_of_the_same_cell_replaces_the_earlier():
@@ -132,68 +109,6 @@ def test_a_worse_method_is_not_on_the_frontier_for_a_hair_less_memory():
     assert [point.row.cache_bytes for point in rest] == [970]
 
 
-def test_the_finding_compares_equally_large_caches():
-    said = findings(summarise(sweep()))
-    assert said[0].startswith("In 28 % of the full cache's memory int4 gets 95 % (")
-    assert "snapkv 40 %" in said[0]
-    assert "random" not in said[0] and "streaming_llm" not in said[0]
-    assert "is int4: 3.7× smaller" in said[1]
-    assert said[2].startswith("4 of 6 methods")
-
-
-def test_no_finding_where_intervals_overlap():
-    said = findings(
-        summarise([record("int4", score=0.52), record("snapkv", score=0.48, cache_bytes=record("int4")["cache_bytes"])])
-    )
-    assert said == []
-
-
-def test_a_large_difference_in_memory_is_no_finding():
-    assert (
-        findings(summarise([record("int4"), record("snapkv", cache_bytes=record("int4")["cache_bytes"] * 1.1)])) == []
-    )
-
-
-def test_that_nothing_keeps_the_score_is_said():
-    assert "No smaller cache" in findings(summarise(sweep(["full", "snapkv"])))[0]
-
-
-@given(
-    st.lists(st.tuples(st.floats(0, 400), st.floats(0, 300)), min_size=1, max_size=12),
-    st.lists(st.floats(10, 90), min_size=12, max_size=12),
-)
-def test_labels_stay_inside_the_plot(anchors, widths):
-    area = Box(0, 0, 400, 300)
-    boxes = place(anchors, [(width, 14.0) for width in widths[: len(anchors)]], [], area)
-    assert len(boxes) == len(anchors)
-    assert all(box.inside(Box(-1e-9, -1e-9, 400 + 1e-9, 300 + 1e-9)) for box in boxes)
-
-
-def test_labels_of_a_column_of_points_do_not_overlap():
-    anchors = [(200.0, 100.0 + 9 * i) for i in range(8)]
-    dots = [Box(x - 6, y - 6, x + 6, y + 6) for x, y in anchors]
-    boxes = place(anchors, [(60.0, 14.0)] * 8, dots, Box(0, 0, 400, 300))
-    assert sum(a.overlap(b) for a, b in itertools.combinations(boxes, 2)) == 0
-    assert sum(a.overlap(b) for a, b in itertools.product(boxes, dots)) == 0
-
-
-@pytest.mark.parametrize("width", [352, 1040])
-def test_the_plot_is_well_formed_and_holds_every_method(width):
-    drawing = plot.pareto(points(summarise(sweep())), width=width, standalone=True)
-    root = ElementTree.fromstring(drawing)
-    text = " ".join(root.itertext())
-    assert all(method in text for method in ACCURACY)
-    assert not re.search(r"nan|inf\b", drawing)
-    marks = [float(circle.attrib["cy"]) for circle in root.iter("{http://www.w3.org/2000/svg}circle")]
-    best = min(points(summarise(sweep())), key=lambda p: -p.score.mean).score.mean
-    assert len(marks) == len(ACCURACY)
-    assert min(marks) == pytest.approx(30 + (1 - best) * (440 - 58 - 30), abs=0.06)
-
-
-def test_a_single_method_can_be_plotted():
-    ElementTree.fromstring(plot.pareto(points(summarise([record("full")])), standalone=True))
-
-
 class Page(html.parser.HTMLParser):
     """Collects tags, references and text, and checks that tags nest."""
 
@@ -203,6 +118,7 @@ class Page(html.parser.HTMLParser):
         super().__init__()
         self.tags: list[str] = []
         self.references: list[str] = []
+        self.names: list[str] = []
         self.open: list[str] = []
         self.text = ""
         self.feed(source)
@@ -212,11 +128,14 @@ class Page(html.parser.HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
         self.references += [v for k, v in attrs if k in ("src", "href", "srcset", "action", "data") and v]
+        self.names += [v for k, v in attrs if k == "id" and v]
         if tag not in self.VOID:
             self.open.append(tag)
 
     def handle_startendtag(self, tag, attrs):
-        self.tags.append(tag)
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.pop()
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
@@ -241,7 +160,9 @@ def page(records, config=None, run=RUN) -> tuple[str, Page]:
 
 def test_the_page_is_self_contained():
     source, parsed = page(sweep())
-    assert parsed.references == ["data:,"]
+    inside = {f"#{name}" for name in parsed.names}
+    assert set(parsed.references) - inside == {"data:,"}
+    assert len(parsed.names) == len(set(parsed.names))
     assert "script" not in parsed.tags
     assert not re.search(r"url\(|@import|https?://", source)
 
@@ -258,7 +179,7 @@ def test_the_page_shows_every_number_and_how_it_was_made():
         "with uncommitted changes",
     ):
         assert expected in parsed.text.replace("\u00a0", " ")
-    assert "900 examples per method, 3 seeds" in " ".join(parsed.text.split())
+    assert "900 questions per method, 3 seeds" in " ".join(parsed.text.split())
     assert parsed.tags.count("svg") == 2
     assert parsed.tags.count("tr") == 1 + len(ACCURACY)
 
@@ -309,7 +230,7 @@ def test_the_page_says_whether_the_question_was_hidden():
 
 
 def test_perplexity_alone_makes_a_page_without_a_plot():
-    records = [record(m, "perplexity", score=None, examples=None, perplexity=6.125) for m in ("full", "int4")]
+    records = [record(m, "perplexity", score=None, examples=16, perplexity=6.125) for m in ("full", "int4")]
     _, parsed = page(records)
     assert "svg" not in parsed.tags
     assert "6.125" in parsed.text
@@ -326,7 +247,7 @@ def test_write_leaves_a_page_and_a_plot(tmp_path):
 @pytest.mark.parametrize("tasks", [TASKS, ("needle", "multikey", "multivalue", "multiquery", "kv", "vt", "copy")])
 def test_the_terminal_table_fits_100_columns(tasks):
     records = sweep([*ACCURACY, "snapkv:tokens=256,window=32+int4"], tasks)
-    records += [record(m, "perplexity", score=None, examples=None, perplexity=12.34) for m in ACCURACY]
+    records += [record(m, "perplexity", score=None, examples=16, perplexity=12.34) for m in ACCURACY]
     console = Console(width=100, record=True, file=io.StringIO())
     for table in tables(summarise(records)):
         console.print(table)
@@ -339,7 +260,7 @@ def test_the_terminal_table_fits_100_columns(tasks):
 
 def test_numbers_are_short():
     assert [percent(x) for x in (0.0, 0.0042, 0.25, 1.03)] == ["0 %", "0.4 %", "25 %", "103 %"]
-    assert [plot.byte_size(x) for x in (512, 1536, 163_840, 5 << 20, 3 << 33)] == [
+    assert [byte_size(x) for x in (512, 1536, 163_840, 5 << 20, 3 << 33)] == [
         "512 B",
         "1.5 KiB",
         "160 KiB",

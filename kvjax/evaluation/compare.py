@@ -11,13 +11,14 @@ from typing import Any
 from rich.console import Console, Group, RenderableType
 
 from kvjax.cache.method import CacheMethod
+from kvjax.errors import writing
 from kvjax.evaluation import defaults, report
 from kvjax.evaluation.finding import findings
 from kvjax.evaluation.plan import Options, Plan, Record
-from kvjax.evaluation.progress import Track, silent, track
 from kvjax.evaluation.summary import Row, summarise
 from kvjax.evaluation.table import tables
 from kvjax.models.language_model import LanguageModel
+from kvjax.progress import Track, silent, track
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,15 +97,16 @@ def compare(
 
     Raises:
       UsageError: before anything runs: an unknown method or task, a context beyond the model's limit or too short for a
-        task, a budget too small for what a method always keeps.
+        task, a budget too small for what a method always keeps, a folder that cannot be made.
       KvjaxError: a cache's live buffers are not what its method declares.
       NumericsError: a measurement is not a finite number.
     """
     options = Options(context, seeds, examples, batch, budget, query_aware, dtype)
     plan = Plan.make(model, methods, tasks, options)
-    records = list(plan.run(track=progress or silent))
-    comparison = Comparison(records, plan.config)
     if out is not None:
-        Path(out).mkdir(parents=True, exist_ok=True)
+        with writing(out):
+            Path(out).mkdir(parents=True, exist_ok=True)
+    comparison = Comparison(list(plan.run(track=progress or silent)), plan.config)
+    if out is not None:
         comparison.write_report(Path(out))
     return comparison

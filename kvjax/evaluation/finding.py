@@ -25,7 +25,9 @@ def findings(rows: Sequence[Row], config: Mapping[str, Any]) -> list[str]:
     full = next((point for point in scored if point.row.method == REFERENCE), None)
     if full is not None:
         others = [point for point in scored if point is not full]
-        said += [_smallest_unharmed(full, others), _harmed(full, others)]
+        said += (
+            [blind] if (blind := _blind(full, others)) else [_smallest_unharmed(full, others), _harmed(full, others)]
+        )
     sentences = [sentence for sentence in said if sentence]
     if sentences and len({row.context for row in rows}) > 1:
         sentences[0] += f" (At {longest:,} tokens.)"
@@ -35,35 +37,34 @@ def findings(rows: Sequence[Row], config: Mapping[str, Any]) -> list[str]:
 def headline(scored: Sequence[Point], keeper: str | None, budgeted: Collection[str]) -> str | None:
     """What the best of the methods that were given the bytes of `keeper` loses of what it keeps.
 
-    Says so where the intervals overlap; None where one of the two sides has no score, or their bytes differ.
+    None where one of the two sides has no score, or their bytes differ.
     """
     best = next((point for point in scored if point.row.method == keeper), None)
     if best is None:
         return None
-    rivals = [p for p in _rivals(scored) if p.row.method in budgeted and _equally_large(p, best)]
+    rivals = [p for p in scored if p.row.method in budgeted and not _is_baseline(p) and _equally_large(p, best)]
     if not rivals:
         return None
     rival = max(rivals, key=lambda point: point.score.mean)
-    start = f"At {keeper}'s own bytes, {percent(best.row.ratio)} of the full cache, {rival.row.method}"
-    both = f"{interval(rival.score)} against {interval(best.score)}"
-    if not rival.score.disjoint(best.score):
-        return f"{start} and {keeper} cannot be told apart: {both}."
-    gap = difference(best.score, rival.score)
-    lost = f"{100 * abs(gap.mean):.0f} points (95 % interval {_range(gap)})"
-    if gap.mean < 0:
-        return f"{start} keeps {lost} of retrieval that {keeper} loses: {both}."
     among = f", the best of {len(rivals)} that evict," if len(rivals) > 1 else ""
-    return f"{start}{among} loses {lost} of retrieval that {keeper} keeps: {both}."
+    scores = (
+        f"With the same memory, {percent(best.row.ratio)} of the full cache, {keeper} answers {interval(best.score)} "
+        f"right and {rival.row.method}{among} {interval(rival.score)}"
+    )
+    if not rival.score.disjoint(best.score):
+        return f"{scores}; these intervals do not tell them apart."
+    gap = difference(rival.score, best.score)
+    return f"{scores}: {100 * abs(gap.mean):.0f} points {'more' if gap.mean > 0 else 'less'} ({_range(gap)})."
 
 
 def _range(gap: Estimate) -> str:
     low, high = sorted(100 * abs(limit) for limit in (gap.low, gap.high))
-    return f"{low:.0f} to {high:.0f}"
+    return f"95 % interval {low:.0f} to {high:.0f}"
 
 
 def _same_memory(scored: Sequence[Point]) -> str | None:
     """The group of equally large caches whose scores lie furthest apart."""
-    rivals = _rivals(scored)
+    rivals = [point for point in scored if not _is_baseline(point)]
     groups = [[p for p in rivals if _equally_large(p, anchor)] for anchor in rivals]
     ranked = [sorted(group, key=lambda point: -point.score.mean) for group in groups]
     telling = [group for group in ranked if group[0].score.disjoint(group[-1].score)]
@@ -78,12 +79,23 @@ def _same_memory(scored: Sequence[Point]) -> str | None:
     )
 
 
-def _rivals(scored: Sequence[Point]) -> list[Point]:
-    return [point for point in scored if point.row.method.split(":")[0] not in BASELINES]
+def _is_baseline(point: Point) -> bool:
+    return point.row.method.split(":")[0] in BASELINES
 
 
 def _equally_large(point: Point, anchor: Point) -> bool:
     return same_memory(point.row.cache_bytes, anchor.row.cache_bytes)
+
+
+def _blind(full: Point, others: Sequence[Point]) -> str | None:
+    """That the tasks are too hard for the model, or the budgets too large, for methods to differ."""
+    floor = next((p for p in others if _is_baseline(p) and p.score.high >= full.score.low), None)
+    if floor is None:
+        return None
+    return (
+        f"Even {floor.row.method} scores like the full cache, {interval(floor.score)} against {interval(full.score)}: "
+        "here these tasks do not tell methods apart."
+    )
 
 
 def _smallest_unharmed(full: Point, others: Sequence[Point]) -> str:

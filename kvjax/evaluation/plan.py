@@ -13,12 +13,12 @@ from kvjax.errors import NumericsError, UsageError
 from kvjax.evaluation import accuracy, defaults, profile
 from kvjax.evaluation.batch import Batch, can_stream
 from kvjax.evaluation.contender import CommonBudget, Contender, contenders
-from kvjax.evaluation.progress import Advance, Track, silent
 from kvjax.evaluation.setting import Setting
 from kvjax.evaluation.summary import same_memory
 from kvjax.evaluation.tally import Tally
 from kvjax.evaluation.workload import WORKLOADS, Source, expand, room
 from kvjax.models.language_model import LanguageModel
+from kvjax.progress import Advance, Track, silent
 
 Record = dict[str, Any]
 

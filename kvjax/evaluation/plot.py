@@ -2,53 +2,42 @@
 
 from __future__ import annotations
 
+import io
 import math
+import re
 from collections.abc import Sequence
 from html import escape
 from importlib import resources
-from typing import NamedTuple
+from itertools import pairwise
+from typing import TYPE_CHECKING
 
-from kvjax.evaluation.finding import interval, percent
-from kvjax.evaluation.place import Box, place
+import numpy as np
+
+from kvjax.evaluation.defaults import REFERENCE
+from kvjax.evaluation.figure import byte_size, interval, percent
+from kvjax.evaluation.place import Boxes, place
 from kvjax.evaluation.summary import Point, frontier
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 FOLDER = resources.files("kvjax") / "evaluation"
 
-LABEL_HEIGHT = 14.0
-CHARACTER_WIDTH = 6.9
-LONGEST_LABEL = 26
+#: Comes with matplotlib, so that names take the same room everywhere; a page shows them in its own, narrower font.
+FONT = "DejaVu Sans"
 NARROW = 600
-LONGEST_NARROW_LABEL = 18
-MARGIN = 12
+LONGEST_LABEL, LONGEST_NARROW_LABEL = 26, 18
+LEAST_TICK_DISTANCE = 56
+#: Pixels around the axes: left, below, right, above; and around a drawing that is a file.
+EDGES, MARGIN = (44, 58, 12, 30), 12
+#: Between two names on one line, in pixels.
+GAP = 4
+#: From this distance on, in pixels, a line leads from a name to its dot.
+FAR = 16
 
 
-class Frame(NamedTuple):
-    """The plot's geometry: pixels of the drawing, and the range of bytes that its width spans (logarithmic)."""
-
-    width: float
-    height: float
-    smallest: float
-    largest: float
-
-    @property
-    def area(self) -> Box:
-        return Box(44.0, 30.0, self.width - 12.0, self.height - 58.0)
-
-    def label(self, name: str) -> str:
-        """A method's name, cut to what the drawing has room for; the table beside it has it whole."""
-        longest = LONGEST_LABEL if self.width >= NARROW else LONGEST_NARROW_LABEL
-        return name if len(name) <= longest else name[: longest - 1] + "…"
-
-    def x(self, size: float) -> float:
-        share = math.log(size / self.smallest) / math.log(self.largest / self.smallest)
-        return self.area.left + share * (self.area.right - self.area.left)
-
-    def y(self, score: float) -> float:
-        return self.area.bottom - score * (self.area.bottom - self.area.top)
-
-
-def pareto(points: Sequence[Point], *, width: float = 820, height: float = 440, standalone: bool = False) -> str:
-    """An SVG of mean score against allocated bytes.
+def pareto(points: Sequence[Point], *, width: int = 820, height: int = 440, standalone: bool = False) -> str:
+    """An SVG of mean score against allocated bytes; the same points always give the same text.
 
     Args:
       points: at least one; all of one context length.
@@ -56,21 +45,29 @@ def pareto(points: Sequence[Point], *, width: float = 820, height: float = 440, 
       standalone: with colours and XML namespace of its own, for a file; otherwise for a page that holds
         `style_sheet()`.
     """
-    sizes = [point.row.cache_bytes for point in points]
-    frame = Frame(width, height, min(sizes) / 1.3, max(sizes) * 1.3)
-    best = frontier(points)
-    parts = [_grid(frame, points[0].row.cache_bytes / points[0].row.ratio), _steps(frame, best)]
-    parts += [
-        _mark(frame, point, box, point in best) for point, box in zip(points, _labels(frame, points, best), strict=True)
-    ]
-    summary = "; ".join(f"{p.row.method}: {interval(p.score)} in {byte_size(p.row.cache_bytes)}" for p in points)
-    drawing = f"<title>Mean score against the bytes of the cache</title><desc>{escape(summary)}</desc>{''.join(parts)}"
-    shape = f'class="plot" role="img" width="{width:g}" height="{height:g}"'
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    file, size = io.StringIO(), np.array([width, height])
+    # The salt goes into the names of shared shapes: two drawings in one page must not have the same.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": f"{width} {height}", "font.family": FONT}):
+        matplotlib.rcParams["font.size"] = 12
+        figure = Figure(figsize=tuple(size / 72), dpi=72, frameon=False)  # at 72 dpi a point is a pixel
+        FigureCanvasSVG(figure)
+        inner = size - EDGES[:2] - EDGES[2:]
+        axes = figure.add_axes(tuple(np.concatenate([EDGES[:2] / size, inner / size])), frameon=False)
+        _scales(axes, points)
+        _dots(axes, points)
+        _names(axes, points, LONGEST_LABEL if width >= NARROW else LONGEST_NARROW_LABEL)
+        figure.savefig(file, format="svg")
+    drawing = _summary(points) + _themed(file.getvalue(), points)
+    shape = f'class="plot" role="img" width="{width}" height="{height}"'
     if not standalone:
-        return f'<svg {shape} viewBox="0 0 {width:g} {height:g}">{drawing}</svg>'
-    box = f"{-MARGIN} {-MARGIN} {width + 2 * MARGIN:g} {height + 2 * MARGIN:g}"
+        return f'<svg {shape} viewBox="0 0 {width} {height}">{drawing}'
+    box = f"{-MARGIN} {-MARGIN} {width + 2 * MARGIN} {height + 2 * MARGIN}"
     style = f"<style>{style_sheet()}svg {{ background: var(--paper); }}</style>"
-    return f'<svg xmlns="http://www.w3.org/2000/svg" {shape} viewBox="{box}">{style}{drawing}</svg>'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {shape} viewBox="{box}">{style}{drawing}'
 
 
 def style_sheet() -> str:
@@ -78,88 +75,124 @@ def style_sheet() -> str:
     return (FOLDER / "plot.css").read_text(encoding="utf-8")
 
 
-def byte_size(size: float) -> str:
-    """Bytes as text: "160 KiB"."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1000 or unit == "GiB":
-            break
-        size /= 1024
-    return f"{size:.0f} {unit}" if size >= 99.5 or size == int(size) else f"{size:.1f} {unit}"
+def _palette() -> dict[str, str]:
+    """The colours of the light theme, by name."""
+    return dict(re.findall(r"--(\w+): (#\w{6})", style_sheet().split("@media")[0]))
 
 
-def _grid(frame: Frame, full_bytes: float) -> str:
-    """Axes: quarters of the score, and halvings of the full bf16 cache."""
-    area, parts = frame.area, []
-    for score in (0, 0.25, 0.5, 0.75, 1):
-        y = frame.y(score)
-        parts.append(f'<line class="grid" x1="{area.left:g}" x2="{area.right:g}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick" x="{area.left - 8:g}" y="{y + 4:.1f}" text-anchor="end">{score:.0%}</text>')
-    first, last = (math.log2(size / full_bytes) for size in (frame.smallest, frame.largest))
-    for power in range(math.ceil(first), math.floor(last) + 1):
-        x, size = frame.x(full_bytes * 2.0**power), full_bytes * 2.0**power
-        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{area.top:g}" y2="{area.bottom:g}"/>')
-        for text, below in ((_fraction(power), 17), (byte_size(size), 31)):
-            parts.append(
-                f'<text class="tick" x="{x:.1f}" y="{area.bottom + below:g}" text-anchor="middle">{text}</text>'
-            )
-    parts.append('<text x="0" y="12">mean score of the tasks</text>')
-    middle = (area.left + area.right) / 2
+def _scales(axes: Axes, points: Sequence[Point]) -> None:
+    """Quarters of the score, and halvings of the full bf16 cache."""
+    colours, sizes = _palette(), [point.row.cache_bytes for point in points]
+    full = points[0].row.cache_bytes / points[0].row.ratio
+    largest = 1.3 * max(sizes)
+    first, last = math.floor(math.log2(min(sizes) / full)), math.floor(math.log2(largest / full))
+    axes.set_xscale("log", base=2)
+    axes.set(xlim=(full * 2.0**first / 1.1, largest), ylim=(0, 1))
+    every = math.ceil(LEAST_TICK_DISTANCE * (last - first + 1) / axes.bbox.width)
+    ticks = {full * 2.0**power: _fraction(power) for power in range(last, first - 1, -every)}
+    axes.set_xticks(list(ticks), list(ticks.values()))
+    axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0%", "25%", "50%", "75%", "100%"])
+    axes.minorticks_off()
+    axes.tick_params(length=0, pad=7, labelcolor=colours["soft"])
+    axes.grid(color=colours["line"], linewidth=1, clip_on=False)
+    axes.set_axisbelow(True)
+
+    for size in ticks:
+        _write(axes, byte_size(size), (size, 0), (0, -31), color=colours["soft"], ha="center")
+    middle = math.sqrt(math.prod(axes.get_xlim()))
     caption = "cache size, as a share of the full bf16 cache"
-    parts.append(f'<text x="{middle:g}" y="{area.bottom + 51:g}" text-anchor="middle">{caption}</text>')
-    return "".join(parts)
+    _write(axes, caption, (middle, 0), (0, -51), color=colours["ink"], ha="center")
+    _write(axes, "mean score of the tasks", (axes.get_xlim()[0], 1), (-EDGES[0], 18), color=colours["ink"])
+
+
+def _write(axes: Axes, text: str, place: tuple[float, float], pixels: tuple[float, float], **style: str) -> None:
+    """Text at a distance from a place of the plot."""
+    axes.annotate(text, place, xytext=pixels, textcoords="offset points", **style)  # pyright: ignore[reportArgumentType]
 
 
 def _fraction(power: int) -> str:
     return f"{2**power}×" if power > 0 else f"1/{2**-power}" if power else "full"
 
 
-def _steps(frame: Frame, best: Sequence[Point]) -> str:
-    """The frontier: what can be had in a given number of bytes."""
-    path = []
-    for point in best:
-        x, y = frame.x(point.row.cache_bytes), frame.y(point.score.mean)
-        path.append(f"H{x:.1f}V{y:.1f}" if path else f"M{x:.1f},{y:.1f}")
-    return f'<path class="frontier" d="{"".join(path)}H{frame.area.right:g}"/>'
+def _dots(axes: Axes, points: Sequence[Point]) -> None:
+    """The methods with their intervals, and the frontier: what can be had in a given number of bytes."""
+    colours, best = _palette(), frontier(points)
+    steps = np.array(_corners(axes, best)).T
+    axes.step(*steps, where="post", color=colours["accent"], alpha=0.55, linewidth=2, clip_on=False)
+    for index, point in enumerate(points):
+        row, score = point
+        filled = colours["accent" if point in best else "muted"]
+        edge, face = (colours["ink"], colours["paper"]) if row.method == REFERENCE else (filled, filled)
+        error = [[score.mean - score.low], [score.high - score.mean]]
+        bar = {"color": edge, "elinewidth": 1.5, "capsize": 4, "capthick": 1.5, "clip_on": False}
+        dot = {"fmt": "o", "ms": 9, "mec": edge, "mfc": face, "mew": 2, "zorder": 3}
+        axes.errorbar([row.cache_bytes], [score.mean], error, **bar, **dot).lines[0].set_gid(f"point-{index}")
 
 
-def _steps_boxes(frame: Frame, best: Sequence[Point]) -> list[Box]:
-    """What the frontier's line covers."""
-    corners = [(frame.x(point.row.cache_bytes), frame.y(point.score.mean)) for point in best]
-    ends = [*(x for x, _ in corners[1:]), frame.area.right]
-    flat = [Box(x, y - 1, end, y + 1) for (x, y), end in zip(corners, ends, strict=True)]
-    rises = [Box(x - 1, y, x + 1, before) for (x, y), (_, before) in zip(corners[1:], corners, strict=False)]
-    return flat + rises
+def _names(axes: Axes, points: Sequence[Point], longest: int) -> None:
+    """Names beside the dots, with a thin line to the dot where a name had to move away."""
+    from matplotlib.transforms import IdentityTransform
 
-
-def _labels(frame: Frame, points: Sequence[Point], best: Sequence[Point]) -> list[Box]:
-    anchors = [(frame.x(p.row.cache_bytes), frame.y(p.score.mean)) for p in points]
-    sizes = [(len(frame.label(p.row.method)) * CHARACTER_WIDTH, LABEL_HEIGHT) for p in points]
-    dots = [Box(x - 6, y - 6, x + 6, y + 6) for x, y in anchors]
-    bars = [
-        Box(x - 4, frame.y(p.score.high), x + 4, frame.y(p.score.low))
-        for (x, _), p in zip(anchors, points, strict=True)
+    colours, pixels, best = _palette(), IdentityTransform(), frontier(points)
+    style = {"transform": pixels, "va": "center", "color": colours["ink"], "parse_math": False, "gid": "label"}
+    texts = [
+        axes.text(0, 0, _short(point.row.method, longest), weight="bold" if point in best else "normal", **style)
+        for point in points
     ]
-    return place(anchors, sizes, [*dots, *bars, *_steps_boxes(frame, best)], frame.area)
+    sizes = np.add([text.get_window_extent().size for text in texts], (GAP, 0))
+    dots = axes.transData.transform([(point.row.cache_bytes, point.score.mean) for point in points])
+    area = np.add(axes.bbox.extents, (0, 0, 0, EDGES[3] / 2))
+    for text, dot, box in zip(texts, dots, place(dots, sizes, _obstacles(axes, points), area), strict=True):
+        near = np.clip(dot, np.add(box[:2], (0, 3)), np.subtract(box[2:], (0, 3)))
+        if math.dist(dot, near) > FAR:
+            axes.plot(*zip(dot, near, strict=True), transform=pixels, color=colours["muted"], linewidth=1, zorder=1.5)
+        # Anchored on the side of the dot: in another font a name is shorter or longer on the far side.
+        side = "left" if box[0] >= dot[0] else "right" if box[2] <= dot[0] else "center"
+        x = {"left": box[0] + GAP / 2, "right": box[2] - GAP / 2, "center": (box[0] + box[2]) / 2}[side]
+        text.set(x=x, y=(box[1] + box[3]) / 2, ha=side)
 
 
-def _mark(frame: Frame, point: Point, label: Box, best: bool) -> str:
-    """One method: interval, dot, label, and a thin line to the label where it had to move away."""
-    row, score = point
-    x, y = frame.x(row.cache_bytes), frame.y(score.mean)
-    low, high = frame.y(score.low), frame.y(score.high)
-    near_x = min(max(x, label.left), label.right)
-    near_y = min(max(y, label.top + 3), label.bottom - 3)
-    far = math.hypot(near_x - x, near_y - y) > 16
-    leader = f'<path class="leader" d="M{x:.1f},{y:.1f}L{near_x:.1f},{near_y:.1f}"/>' if far else ""
-    kind = "full" if row.method == "full" else "best" if best else "behind"
-    tip = f"{row.method}: {interval(score)} in {byte_size(row.cache_bytes)}, {percent(row.ratio)} of the full cache"
-    whisker = f"M{x:.1f},{low:.1f}V{high:.1f}M{x - 4:.1f},{low:.1f}h8M{x - 4:.1f},{high:.1f}h8"
-    anchor, text_x = ("start", label.left) if label.left >= x else ("end", label.right)
-    if label.left < x < label.right:
-        anchor, text_x = "middle", (label.left + label.right) / 2
-    return (
-        f'<g class="point {kind}"><title>{escape(tip)}</title>{leader}'
-        f'<path class="whisker" d="{whisker}"/><circle cx="{x:.1f}" cy="{y:.1f}" r="5"/>'
-        f'<text class="label" x="{text_x:.1f}" y="{label.bottom - 3:.1f}" text-anchor="{anchor}">'
-        f"{escape(frame.label(row.method))}</text></g>"
-    )
+def _short(name: str, longest: int) -> str:
+    """A method's name, cut to what the drawing has room for; the table beside it has it whole."""
+    return name if len(name) <= longest else name[: longest - 1] + "…"
+
+
+def _corners(axes: Axes, best: Sequence[Point]) -> list[tuple[float, float]]:
+    """The frontier's points, and where its line ends."""
+    corners = [(point.row.cache_bytes, point.score.mean) for point in best]
+    return [*corners, (axes.get_xlim()[1], corners[-1][1])]
+
+
+def _obstacles(axes: Axes, points: Sequence[Point]) -> Boxes:
+    """What dots, intervals and the frontier's line cover, in pixels."""
+    boxes = []
+    for row, score in points:
+        (x, low), (_, middle), (_, high) = axes.transData.transform(
+            [(row.cache_bytes, value) for value in (score.low, score.mean, score.high)]
+        )
+        boxes += [(x - 6, middle - 6, x + 6, middle + 6), (x - 4, low, x + 4, high)]
+    for (x, y), (end, top) in pairwise(axes.transData.transform(_corners(axes, frontier(points)))):
+        boxes += [(x, y - 1, end, y + 1), (end - 1, y, end + 1, top)]
+    return np.array(boxes)
+
+
+def _summary(points: Sequence[Point]) -> str:
+    said = "; ".join(f"{p.row.method}: {interval(p.score)} in {byte_size(p.row.cache_bytes)}" for p in points)
+    return f"<title>Mean score against the bytes of the cache</title><desc>{escape(said)}</desc>"
+
+
+def _themed(drawing: str, points: Sequence[Point]) -> str:
+    """What matplotlib drew, without its header, in the page's font and colours, and with a tip at each point."""
+    drawing = drawing[drawing.index('<g id="figure_1">') :].replace("xlink:href", "href")
+    for name, colour in _palette().items():
+        drawing = drawing.replace(colour, f"var(--{name})")
+
+    def tip(found: re.Match[str]) -> str:
+        row, score = points[int(found[1])]
+        size = f"{byte_size(row.cache_bytes)}, {percent(row.ratio)} of the full cache"
+        return f"<g><title>{escape(f'{row.method}: {interval(score)} in {size}')}</title>"
+
+    drawing = re.sub(r'<g id="point-(\d+)">', tip, drawing).replace('id="label"', 'class="label"')
+    shared = set(re.findall(r'href="#(\w+)"', drawing))
+    drawing = re.sub(r' id="([^"]+)"', lambda found: found[0] if found[1] in shared else "", drawing)
+    return drawing.replace(f"'{FONT}'", "var(--font)")

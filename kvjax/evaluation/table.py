@@ -20,7 +20,7 @@ def tables(rows: Sequence[Row]) -> list[RenderableType]:
     made: list[RenderableType] = []
     for context, group in by_context(rows).items():
         tasks = names(row.scores for row in group)
-        made.append(f"{context} tokens; {counted(group)}; percent right ± 95 % interval; • Pareto frontier")
+        made.append(f"{context} tokens; {counted(group)}; % right ± 95 % interval; • Pareto frontier")
         made.append(_costs(group, tasks if len(tasks) <= MOST_TASKS else []))
         if len(tasks) > MOST_TASKS:
             made += [_tasks(group, tasks[i : i + 2 * MOST_TASKS]) for i in range(0, len(tasks), 2 * MOST_TASKS)]

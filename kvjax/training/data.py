@@ -11,13 +11,11 @@ from typing import Any
 import numpy as np
 
 from kvjax.tasks import Chains, Copy, ManyValues, Retrieval, Scene, Task, Turn, Vocabulary
-from kvjax.training.schedule import Stage
+from kvjax.training.schedule import TASKS, Stage
 
 #: What a sequence can be; `Batch.family` indexes it.
-FAMILIES = ("text", "repeat", "kv", "kv3", "multikey", "multiquery", "multivalue", "vt", "copy")
+FAMILIES = ("text", "repeat", "kv", *TASKS)
 TEXT, REPEAT, KV = 0, 1, 2
-#: Shares of the families from kv3 on; those that need more than one lookup take longer to learn.
-SHARES = np.asarray([0.2, 0.15, 0.2, 0.2, 0.15, 0.1])
 MOST_TURNS = 16
 
 
@@ -113,7 +111,7 @@ def draw_task(rng: np.random.Generator, stage: Stage) -> tuple[int, Task]:
     pairs = int(rng.integers(1, stage.pairs + 1))
     if rng.random() >= stage.tasks:
         return KV, Retrieval(pairs=pairs)
-    name = FAMILIES[KV + 1 + int(rng.choice(len(SHARES), p=SHARES))]
+    name = TASKS[int(rng.choice(len(TASKS), p=np.asarray(stage.shares)))]
     few = min(stage.pairs, 16)
     small = stage.length < 128
     if name == "kv3":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
+import inspect
 import json
 import os
 import stat
@@ -19,6 +21,7 @@ from experiments import compare, compile_cache, demo, generate
 from kvjax.cache import methods
 from kvjax.errors import UsageError
 from kvjax.evaluation import defaults
+from kvjax.evaluation.plan import Options
 from kvjax.evaluation.workload import expand
 
 
@@ -83,10 +86,18 @@ def test_nothing_is_made_for_a_comparison_that_cannot_run(tmp_path):
 
 def test_the_demo_compares_about_eight_methods_at_one_budget():
     names = {"full", "random", "streaming_llm", *demo.METHODS}
-    assert 7 <= len(names) <= 9 and 3 <= len(expand(demo.TASKS)) <= 4
+    assert 7 <= len(names) <= 9 and 3 <= len(expand(defaults.TASKS)) <= 4
     for name in demo.EVICTING:
         assert methods.parse(name).budget.evicts
     assert not methods.parse(demo.KEEPER).budget.evicts
+
+
+def test_the_command_and_the_library_measure_the_same_unless_told_otherwise():
+    library = {name: parameter.default for name, parameter in inspect.signature(kvjax.compare).parameters.items()}
+    command = compare.Config()
+    for field in set(library) & {field.name for field in dataclasses.fields(command)} - {"model", "context"}:
+        assert library[field] == getattr(command, field), field
+    assert dataclasses.asdict(Options()).items() <= library.items()
 
 
 def test_defaults_are_known_names():

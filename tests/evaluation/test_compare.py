@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -13,7 +14,7 @@ import pytest
 from kvjax.cache import methods
 from kvjax.cache.model_cache import ModelCache
 from kvjax.cache.plan import layer_bytes, resolve
-from kvjax.errors import KvjaxError, UsageError
+from kvjax.errors import KvjaxError, NumericsError, UsageError
 from kvjax.evaluation import accuracy, profile
 from kvjax.evaluation.batch import Batch
 from kvjax.evaluation.compare import Comparison, compare
@@ -230,6 +231,34 @@ def test_compare_prints_its_table_and_writes_its_report(model, tmp_path):
     assert all(name in text for name in (*NAMES, "kv"))
     assert "h2o" in (tmp_path / "new" / "report.html").read_text()
     assert [t.done for t in Track.shown] == [t.total for t in Track.shown] == [len(NAMES) * 2 * 2]
+
+
+@pytest.mark.usefixtures("lone")
+def test_progress_is_shown_unless_it_is_switched_off(model, capsys):
+    options = {**OPTIONS, "seeds": 1}
+    compare(model, [], ["kv"], **options)
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.splitlines()[-1].startswith("compare 2/2 ")
+    compare(model, [], ["kv"], **options, progress=None)
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.usefixtures("lone")
+def test_what_is_no_number_stops_the_run_and_is_named(model):
+    broken = dataclasses.replace(model, params=jax.tree.map(lambda leaf: leaf * np.nan, model.params))
+    with pytest.raises(
+        NumericsError, match=r"kl .*of method full, task kv, context 128, seed 0 came out as nan"
+    ) as raised:
+        compare(broken, [], ["kv"], **OPTIONS, progress=None)
+    assert raised.value.exit_code not in {kind.exit_code for kind in (KvjaxError, UsageError)}
+
+
+@pytest.mark.usefixtures("lone")
+def test_a_folder_that_cannot_be_made_is_refused_before_anything_runs(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(Plan, "run", None)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="cannot write"):
+        compare(model, [], ["kv"], **OPTIONS, out=tmp_path / "file" / "report")
 
 
 def test_query_aware_prompts_end_with_the_question(model, records):

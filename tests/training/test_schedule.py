@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from kvjax.training.loop import Progress
-from kvjax.training.schedule import CURRICULUM, Gate, LearningRate, Stage
+from kvjax.training.schedule import CURRICULUM, TASKS, Gate, LearningRate, Stage
 
 
 def test_learning_rate():
@@ -18,10 +18,15 @@ def test_learning_rate():
     assert float(rate(20)) == float(rate(10_000)) == pytest.approx(0.2)
 
 
-def test_stages_only_get_harder():
-    for one, two in itertools.pairwise(CURRICULUM):
+def test_stages_get_harder_and_end_at_the_full_context():
+    """But for the one that goes back to short contexts, each stage is at least as hard as the one before."""
+    *rising, back, last = CURRICULUM
+    for one, two in itertools.pairwise([*rising, last]):
         assert two.length >= one.length and two.pairs >= one.pairs and two.repeat <= one.repeat
-        assert two.repeat + two.text <= 1
+    assert back.length < last.length == max(stage.length for stage in CURRICULUM)
+    for stage in CURRICULUM:
+        assert stage.repeat + stage.text <= 1 and len(stage.shares) == len(TASKS)
+        assert sum(stage.shares) == pytest.approx(1)
 
 
 def test_the_gate_opens_on_the_mean_of_a_full_window():
