@@ -65,7 +65,7 @@ def run(
     """
     import kvjax
     from experiments import compile_cache, record
-    from kvjax.evaluation import progress
+    from kvjax import progress
     from kvjax.evaluation.compare import Comparison
     from kvjax.evaluation.plan import Options, Plan
 

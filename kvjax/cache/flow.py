@@ -21,9 +21,12 @@ if TYPE_CHECKING:
     from kvjax.cache.layer_cache import LayerCache
 
 
-def fill(cache: LayerCache, prompt: Prompt, keys: Array) -> LayerCache:
-    """Distributes a prompt over the segments of an empty cache; keys [B, K, T, H] as they are to be stored."""
-    layout, lengths = cache.layout, prompt.lengths
+def fill(cache: LayerCache, prompt: Prompt, keys: Array, lengths: Array) -> LayerCache:
+    """Distributes the first `lengths` tokens of a prompt over the segments of an empty cache.
+
+    keys [B, K, T, H] as they are to be stored; lengths int32 [B].
+    """
+    layout = cache.layout
     stats = None
     if cache.method.keeps_statistics:
         assert cache.method.policy.mass_reduce is not None

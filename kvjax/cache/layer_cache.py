@@ -120,8 +120,13 @@ class LayerCache:
         )
         return output, flow.append(dataclasses.replace(observed, phase=phase), step, new_stats, after=output)
 
-    def absorb_prompt(self, step: Step, log_sum_exp: Array) -> LayerCache:
-        """Compresses a prompt whose exact attention is already known; log_sum_exp f32 [B, K, G, T]."""
+    def absorb_prompt(self, step: Step, log_sum_exp: Array, unread: int = 0) -> LayerCache:
+        """Compresses a prompt whose exact attention is already known.
+
+        Args:
+          log_sum_exp: f32 [B, K, G, T].
+          unread: how many of each row's last tokens policies see but the cache does not hold; they are the next steps.
+        """
         unrotated = step.keys.swapaxes(1, 2)
         keys = rotate(step, unrotated)
         prompt = Prompt(
@@ -136,7 +141,7 @@ class LayerCache:
             softcap=step.softcap,
         )
         stored = keys if self.method.positions == "original" else unrotated
-        return dataclasses.replace(flow.fill(self, prompt, stored), phase="decode")
+        return dataclasses.replace(flow.fill(self, prompt, stored, prompt.lengths - unread), phase="decode")
 
     def end_prompt(self) -> LayerCache:
         """Marks the end of a streaming prefill: from here on what `every` says holds."""

@@ -26,7 +26,7 @@ from kvjax.typing import Array
 class Batch:
     """At most `setting.batch` items; missing rows repeat the last item and are not counted.
 
-    All items have a prompt, or none has.
+    All items have a prompt, or none has, and all have as many unread tokens.
     """
 
     def __init__(self, model: LanguageModel, setting: Setting, items: Sequence[Item]) -> None:
@@ -72,8 +72,8 @@ class Batch:
             return Context(dataclasses.replace(empty, layers=layers), logits)
         if method.prefill == "exact":
             logits, prompt, lengths = self.recorded
-            return Context(program.compress(method, dims, prompt, lengths), logits)
-        prompts = [item.prompt.tolist() for item in self._rows]
+            return Context(program.compress(method, dims, prompt, lengths, self.items[0].unread), logits)
+        prompts = [item.prompt[: len(item.prompt) - item.unread].tolist() for item in self._rows]
         setting = self.setting
         return engine_prefill(
             self.model, prompts, method, reserve=setting.room, dtype=setting.dtype, length=setting.prompt

@@ -35,23 +35,27 @@ def record_prompt(
 
 
 def compress(
-    method: CacheMethod, dims: tuple[CacheDims, ...], prompt: tuple[RecordedPrompt, ...], lengths: Array
+    method: CacheMethod, dims: tuple[CacheDims, ...], prompt: tuple[RecordedPrompt, ...], lengths: Array, unread: int
 ) -> ModelCache:
-    """The cache that `method` makes of a recorded prompt, layer by layer; its budget must be in tokens."""
+    """The cache that `method` makes of a recorded prompt, layer by layer; its budget must be in tokens.
+
+    Its last `unread` tokens are shown to the method, but left for the cache to be fed with.
+    """
     layers = []
     for layer_dims, recorded in zip(dims, prompt, strict=True):
         heads = layer_dims.layer * layer_dims.kv_heads + jnp.arange(layer_dims.kv_heads, dtype=jnp.int32)
-        layer = _compress_layer(method, _anonymous(layer_dims), recorded, lengths, heads)
+        layer = _compress_layer(method, _anonymous(layer_dims), recorded, lengths, heads, unread)
         layers.append(dataclasses.replace(layer, dims=layer_dims))
-    return ModelCache(tuple(layers), jnp.copy(lengths))  # steps donate the cache: no buffer may be shared
+    # Steps donate the cache, so no buffer may be shared.
+    return ModelCache(tuple(layers), jnp.copy(lengths) - unread)
 
 
-@partial(jax.jit, static_argnames=("method", "dims"))
+@partial(jax.jit, static_argnames=("method", "dims", "unread"))
 def _compress_layer(
-    method: CacheMethod, dims: CacheDims, recorded: RecordedPrompt, lengths: Array, head_index: Array
+    method: CacheMethod, dims: CacheDims, recorded: RecordedPrompt, lengths: Array, head_index: Array, unread: int
 ) -> LayerCache:
     cache = dataclasses.replace(LayerCache.init(method, dims, lengths), head_index=head_index)
-    return cache.absorb_prompt(recorded.step, recorded.log_sum_exp)
+    return cache.absorb_prompt(recorded.step, recorded.log_sum_exp, unread)
 
 
 def _anonymous(dims: CacheDims) -> CacheDims:

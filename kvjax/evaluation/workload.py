@@ -34,6 +34,8 @@ class Item:
     Attributes:
       prompt: int32 [P], what the cache holds before anything is asked; empty where the text is streamed.
       follow: int32 [F], fed token by token; its last `graded` tokens are what the model must predict.
+      unread: how many tokens of `follow` are the prompt's last ones, which methods see but caches do not hold, so that
+        even the first graded token is predicted by reading the cache.
       graded: 1 to F (F - 1 where the prompt is empty).
       example: what the row's answer is scored by; None for text.
       text_bytes: bytes of the graded tokens' text, for bits per byte; 0 for generated words.
@@ -44,6 +46,7 @@ class Item:
     graded: int
     example: Example | None = None
     text_bytes: int = 0
+    unread: int = 0
 
 
 class Source:
@@ -111,8 +114,9 @@ class Recall:
         length = setting.prompt + (len(probe.answer) if setting.query_aware else turn)
         for e in examples(self.task, source.vocabulary, source.text, length=length, count=count, seed=seed):
             parts = [e.context, e.question] if setting.query_aware else [e.context]
-            follow = e.answer if setting.query_aware else np.concatenate([e.question, e.answer])
-            made.append(Item(np.concatenate(parts), follow.astype(np.int32), len(e.answer), e))
+            unread = 1 if setting.query_aware else 0
+            follow = np.concatenate([e.question[-1:] if setting.query_aware else e.question, e.answer])
+            made.append(Item(np.concatenate(parts), follow.astype(np.int32), len(e.answer), e, unread=unread))
         return made
 
 

@@ -268,8 +268,8 @@ def test_query_aware_prompts_end_with_the_question(model, records):
         seen = shown[hidden["method"]]
         assert (hidden["query_aware"], seen["query_aware"]) == (False, True)
         assert hidden["cache_bytes"] == seen["cache_bytes"]
-        if hidden["method"] != "full":
-            assert hidden["kl"] != seen["kl"]
+        if hidden["method"] != "full":  # one token answers: it too is read from the compressed cache
+            assert hidden["kl"] != seen["kl"] > 0
 
 
 def test_a_budget_in_bytes_is_resolved_to_tokens_before_anything_is_compiled(model):

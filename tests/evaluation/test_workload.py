@@ -28,14 +28,16 @@ def test_query_aware_items_end_with_the_question(source, task):
     aware = dataclasses.replace(LONG, query_aware=True)
     for item in WORKLOADS[task].items(source, aware, 3, seed=0):
         assert len(item.prompt) == LONG.prompt
-        assert len(item.follow) == item.graded
+        # The question's last token is shown and then fed, so that no answer comes from the exact prefill.
+        assert item.unread == 1 and len(item.follow) == item.graded + 1
+        assert item.follow[0] == item.prompt[-1]
         asked = len(source.vocabulary.ask) + {"needle": 1, "kv3": 3}[task]
         key = item.prompt[-asked:][len(source.vocabulary.ask) :]
         body = item.prompt[:-asked]
         places = [i for i in range(len(body)) if np.array_equal(body[i : i + len(key)], key)]
         assert len(places) == 1
         start = places[0] + len(key)
-        np.testing.assert_array_equal(body[start : start + item.graded], item.follow)
+        np.testing.assert_array_equal(body[start : start + item.graded], item.follow[1:])
 
 
 def test_both_perplexity_protocols_read_the_same_windows(source):
