@@ -95,6 +95,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output went away: `kvjax methods | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
+    except OSError as error:  # what the system refuses: no permission, no room, no such file
+        where = f": {error.filename}" if error.filename else ""
+        fail(f"{error.strerror or error}{where}\nCheck that it is there, that it is yours, and that the disk has room.")
+        return KvjaxError.exit_code
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from kvjax.errors import UsageError
+
 if TYPE_CHECKING:
     from kvjax.cache.method import CacheMethod
 
@@ -43,9 +45,11 @@ def main(config: Config) -> None:
 
     from kvjax.cache.methods import METHODS
 
+    if config.head_dim < 1:
+        raise UsageError(f"--head-dim is a number of channels, at least 1; got {config.head_dim}")
+    entries = [describe(name, build, config.head_dim) for name, build in METHODS.items()]
     console = Console(highlight=False)
-    for name, build in METHODS.items():
-        entry = describe(name, build, config.head_dim)
+    for entry in entries:
         table = Table.grid(padding=(0, 1))
         table.add_column(min_width=9, style="dim")
         table.add_column()

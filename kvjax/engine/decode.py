@@ -6,6 +6,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from kvjax.cache.model_cache import ModelCache
 from kvjax.engine.sampling import Sampler
@@ -22,33 +23,43 @@ class DecodeState:
       cache: of all tokens so far.
       logits: f32 [B, V], for the next token.
       done: bool [B], rows that have stopped.
-      key: PRNG key; step i uses fold_in(key, i).
-      steps: int32, steps so far.
     """
 
     cache: ModelCache
     logits: Array
     done: Array
-    key: Array
-    steps: Array
 
 
-@jax.jit(static_argnames=("module", "sampler", "stop", "steps"), donate_argnames=("state",))
+@jax.jit(static_argnames=("module", "sampler", "stop", "size"), donate_argnames=("state",))
 def decode(
-    module: Transformer, sampler: Sampler, stop: tuple[int, ...], steps: int, params: PyTree, state: DecodeState
+    module: Transformer,
+    sampler: Sampler,
+    stop: tuple[int, ...],
+    size: int,
+    params: PyTree,
+    state: DecodeState,
+    key: Array,
+    start: ArrayLike,
+    steps: ArrayLike,
 ) -> tuple[DecodeState, Array]:
-    """Decodes `steps` tokens per row.
+    """Decodes `steps` tokens per row, at most `size`; how many is data, so one program serves every run.
 
     A row is done with the first token in `stop`; from then on it appends nothing and emits -1.
 
-    Returns:
-      The state, and the tokens int32 [B, steps] (a stop token is emitted).
-    """
+    Args:
+      key: PRNG key; step i of this run draws with fold_in(key, start + i).
+      start: int32, steps of earlier runs.
 
-    def one(state: DecodeState, _: None) -> tuple[DecodeState, Array]:
-        token = sampler.sample(state.logits, jax.random.fold_in(state.key, state.steps))
-        emitted = jnp.where(state.done, -1, token)
-        done = state.done | jnp.isin(token, jnp.array(stop, jnp.int32))
+    Returns:
+      The state, and the tokens int32 [B, size]: a stop token is emitted, and -1 from `steps` on.
+    """
+    ends = jnp.array(stop, jnp.int32)
+
+    def one(i: Array, carry: tuple[DecodeState, Array]) -> tuple[DecodeState, Array]:
+        state, tokens = carry
+        token = sampler.sample(state.logits, jax.random.fold_in(key, start + i))
+        tokens = tokens.at[:, i].set(jnp.where(state.done, -1, token))
+        done = state.done | jnp.isin(token, ends)
         logits, layers = module.apply(
             {"params": params},
             token[:, None],
@@ -56,8 +67,7 @@ def decode(
             valid=~done[:, None],
             logits_at=jnp.zeros_like(token),
         )
-        cache = dataclasses.replace(state.cache, layers=layers)
-        return DecodeState(cache, logits[:, 0], done, state.key, state.steps + 1), emitted
+        return DecodeState(dataclasses.replace(state.cache, layers=layers), logits[:, 0], done), tokens
 
-    state, tokens = jax.lax.scan(one, state, length=steps)
-    return state, tokens.T
+    tokens = jnp.full((state.done.shape[0], size), -1, jnp.int32)
+    return jax.lax.fori_loop(0, steps, one, (state, tokens))

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from kvjax.cache import methods
 from kvjax.cache.method import CacheMethod
 from kvjax.engine import prefill as engine_prefill
 from kvjax.engine.decode import DecodeState, decode
 from kvjax.engine.prefill import Context, bucket, extend, pad
+from kvjax.engine.request import SEEDS, Prompt, as_count, as_method, as_rows, as_stop_ids, check_kind
 from kvjax.engine.sampling import Sampler
-from kvjax.errors import UsageError
+from kvjax.errors import CacheFullError, UsageError
 from kvjax.models.language_model import LanguageModel
+from kvjax.models.tokenizer import Tokenizer
 
-Prompt = str | Sequence[int]
 STEPS = 16
+LOADED = 'kvjax.load("reference")'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,14 +27,21 @@ class Generation:
     """What was generated.
 
     Attributes:
-      texts: one per row, without special tokens.
       tokens: the ids of each row, up to and with its stop token.
       context: the cache as it stands after generation; it can be continued.
+      tokenizer: of the model.
+      stop_ids: the tokens that end a row.
     """
 
-    texts: list[str]
     tokens: list[list[int]]
-    context: Context
+    context: Context = dataclasses.field(repr=False)
+    tokenizer: Tokenizer = dataclasses.field(repr=False)
+    stop_ids: tuple[int, ...] = dataclasses.field(repr=False)
+
+    @property
+    def texts(self) -> list[str]:
+        """Each row's text, without special tokens and without its stop token."""
+        return [self.tokenizer.decode([t for t in row if t not in self.stop_ids]) for row in self.tokens]
 
     @property
     def text(self) -> str:
@@ -62,8 +68,9 @@ def prefill(
     Raises:
       UsageError: an unknown method, an empty prompt, or a context beyond the model's limit.
     """
-    rows = _encode(model, prompt, special=True)
-    return engine_prefill.prefill(model, rows, _method(method), reserve=reserve, dtype=dtype)
+    check_kind("model", model, LanguageModel, LOADED)
+    rows = as_rows(model, prompt, special=True)
+    return engine_prefill.prefill(model, rows, as_method(method), reserve=reserve, dtype=dtype)
 
 
 def generate(
@@ -95,31 +102,27 @@ def generate(
       UsageError: as in `prefill`.
       CacheFullError: the context has no room for the question and the answer; nothing has been written.
     """
-    rows = _encode(model, prompt, special=cache is None)
+    check_kind("model", model, LanguageModel, LOADED)
+    check_kind("sampler", sampler, Sampler, "kvjax.Sampler(temperature=0.8, top_p=0.9)")
+    stop_ids, steps = as_stop_ids(model, stop), as_count("max_new_tokens", max_new_tokens)
+    key = jax.random.key(as_count("seed", seed, below=SEEDS))
+    rows = as_rows(model, prompt, special=cache is None)
     if cache is None:
-        context = engine_prefill.prefill(model, rows, _method(method), reserve=max_new_tokens, dtype=dtype)
+        context = engine_prefill.prefill(model, rows, as_method(method), reserve=steps, dtype=dtype)
     else:
-        context = append(model, cache, rows, then=max_new_tokens)
-    stop_ids = tuple(model.tokenizer.stop_ids if stop is None else stop)
-    state = DecodeState(
-        cache=context.cache,
-        logits=context.logits,
-        done=jnp.zeros(context.logits.shape[0], bool),
-        key=jax.random.key(seed),
-        steps=jnp.int32(0),
-    )
-    pieces = []
-    while (left := max_new_tokens - sum(p.shape[1] for p in pieces)) > 0:
-        state, tokens = decode(model.module, sampler, stop_ids, min(STEPS, left), model.params, state)
-        pieces.append(np.asarray(tokens))
+        context = append(model, cache, rows, then=steps)
+    state = DecodeState(context.cache, context.logits, model.place_rows(np.zeros(len(context.logits), bool)))
+    pieces = [np.zeros((len(context.logits), 0), np.int32)]
+    for start in range(0, steps, STEPS):
+        count = min(STEPS, steps - start)
+        state, tokens = decode(model.module, sampler, stop_ids, STEPS, model.params, state, key, start, count)
+        pieces.append(np.asarray(tokens)[:, :count])
         if on_tokens is not None:
             on_tokens(pieces[-1])
-        if bool(np.asarray(state.done).all()):
+        if np.asarray(state.done).all():
             break
-    ids = np.concatenate(pieces, axis=1) if pieces else np.zeros((len(rows), 0), np.int32)
-    kept = [[int(t) for t in row if t >= 0] for row in ids]
-    texts = [model.tokenizer.decode([t for t in row if t not in stop_ids]) for row in kept]
-    return Generation(texts, kept, Context(state.cache, state.logits))
+    kept = [[int(t) for t in row if t >= 0] for row in np.concatenate(pieces, axis=1)]
+    return Generation(kept, Context(state.cache, state.logits), model.tokenizer, stop_ids)
 
 
 def append(model: LanguageModel, context: Context, rows: Sequence[Sequence[int]], then: int = 0) -> Context:
@@ -129,26 +132,34 @@ def append(model: LanguageModel, context: Context, rows: Sequence[Sequence[int]]
       CacheFullError: no room; nothing has been written.
       UsageError: another number of rows, or beyond the model's positions.
     """
+    _check_context(context)
     batch = context.logits.shape[0]
     if len(rows) == 1:
         rows = list(rows) * batch
     if len(rows) != batch:
         raise UsageError(f"{len(rows)} prompts for a context of {batch} rows; give one prompt, or one per row")
     counts = np.array([len(ids) for ids in rows])
-    context.cache.check_room([int(n) + then for n in counts])
-    engine_prefill.check_context(model, int((np.asarray(context.cache.lengths) + counts).max()) + then)
+    try:
+        context.cache.check_room([int(n) + then for n in counts])
+    except CacheFullError as error:
+        needed = int(counts.max()) + then
+        raise CacheFullError(f"{error} With kvjax.prefill: reserve={needed} or more.") from None
+    engine_prefill.check_positions(model, int((np.asarray(context.cache.lengths) + counts).max()) + then)
     if not counts.any():
         return context
     tokens, lengths = pad(rows, bucket(int(counts.max())))
-    logits, cache = extend(model.module, model.params, context.cache, context.logits, tokens, lengths)
-    return Context(cache, logits)
+    return extend(model, context, tokens, lengths)
 
 
-def _method(method: str | CacheMethod) -> CacheMethod:
-    return methods.parse(method) if isinstance(method, str) else method
-
-
-def _encode(model: LanguageModel, prompt: Prompt | Sequence[Prompt], special: bool) -> list[list[int]]:
-    one = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], (int, np.integer)))
-    prompts = cast(Sequence[Prompt], [prompt] if one else prompt)
-    return [model.tokenizer.encode(p, special=special) if isinstance(p, str) else [int(t) for t in p] for p in prompts]
+def _check_context(context: Context) -> None:
+    """Raises UsageError for what is no context, and for one that was consumed."""
+    if not isinstance(context, Context):
+        raise UsageError(
+            f"cache is a context, as kvjax.prefill returns it; got a {type(context).__name__}. A cache alone does not "
+            "know which token comes next: keep, save and load the whole context."
+        )
+    if any(leaf.is_deleted() for leaf in jax.tree.leaves(context)):
+        raise UsageError(
+            "this context was consumed: an earlier call continued it and took over its buffers. Go on with what that "
+            "call returned (its .context), or give context.fork() whenever a context is to be used again."
+        )

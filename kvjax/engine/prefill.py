@@ -8,15 +8,18 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from numpy.typing import NDArray
 
 from kvjax.cache.layout import CacheDims, ceil_to
 from kvjax.cache.method import CacheMethod
 from kvjax.cache.model_cache import ModelCache
 from kvjax.cache.plan import resolve
+from kvjax.engine.request import as_count, as_stored_dtype
 from kvjax.errors import UsageError
 from kvjax.models.language_model import LanguageModel
 from kvjax.models.transformer import Transformer
+from kvjax.sharding import ShardingRules, shard_cache
 from kvjax.typing import Array, PyTree
 
 CHUNK = 256
@@ -45,8 +48,8 @@ def bucket(length: int) -> int:
 def cache_dims(
     model: LanguageModel, batch: int, prompt_length: int, max_length: int, dtype: str = "bfloat16"
 ) -> list[CacheDims]:
-    """The dimensions of every layer's cache."""
-    config = model.config
+    """The dimensions of every layer's cache. Raises UsageError for a dtype that no token is stored in."""
+    config, dtype = model.config, as_stored_dtype(dtype)
     return [
         CacheDims(
             batch=batch,
@@ -92,29 +95,36 @@ def prefill(
     Raises:
       UsageError: an empty prompt, a context beyond the model's limit, or a method that does not fit.
     """
+    reserve = as_count("the number of tokens to reserve", reserve)
     longest = max((len(ids) for ids in prompts), default=0)
-    if min((len(ids) for ids in prompts), default=0) == 0:
-        raise UsageError("an empty prompt has nothing to attend to; give at least one token per row")
+    if empty := ["the batch"] * (not prompts) + [f"prompt {row}" for row, ids in enumerate(prompts) if not len(ids)]:
+        raise UsageError(f"{empty[0]} is empty, so there is nothing to attend to; give every row at least one token.")
     length = bucket(longest) if length is None else length
     if longest > length:
         raise UsageError(f"a prompt of {longest} tokens does not fit the padded length {length}")
-    check_context(model, longest + reserve)
+    check_positions(model, longest + reserve)
     tokens, lengths = pad(prompts, length)
     dims = tuple(cache_dims(model, len(prompts), length, length + reserve, dtype))
     method = resolve(method, dims)
     if method.prefill == "exact":
-        logits, cache = _prefill_exact(model.module, method, dims, model.params, tokens, lengths)
+        rows = model.place_rows(tokens), model.place_rows(lengths)
+        logits, cache = _prefill_exact(model.module, method, dims, model.mesh, model.rules, model.params, *rows)
         return Context(cache, logits)
-    cache = ModelCache.init(method, dims, jnp.asarray(lengths))
-    logits = jnp.zeros((len(prompts), model.config.vocab_size), jnp.float32)
+    cache = _empty_cache(method, dims, model.mesh, model.rules, model.place_rows(lengths))
+    context = Context(cache, model.place_rows(np.zeros((len(prompts), model.config.vocab_size), np.float32)))
     for start in range(0, length, chunk):
         part = tokens[:, start : start + chunk]
-        inside = np.clip(lengths - start, 0, part.shape[1])
-        logits, cache = extend(model.module, model.params, cache, logits, part, inside)
-    return Context(cache.end_prompt(), logits)
+        context = extend(model, context, part, np.clip(lengths - start, 0, part.shape[1]))
+    return Context(context.cache.end_prompt(), context.logits)
 
 
-def check_context(model: LanguageModel, tokens: int) -> None:
+def extend(model: LanguageModel, context: Context, tokens: np.ndarray, lengths: np.ndarray) -> Context:
+    """Appends a chunk: tokens int32 [B, T] of which the first `lengths` [B] of each row exist. Consumes the context."""
+    rows = model.place_rows(tokens), model.place_rows(lengths)
+    return _extend(model.module, model.params, context, *rows)
+
+
+def check_positions(model: LanguageModel, tokens: int) -> None:
     """Raises UsageError where a row would go beyond the positions that the model was made for."""
     limit = model.config.max_positions
     if tokens > limit:
@@ -124,27 +134,35 @@ def check_context(model: LanguageModel, tokens: int) -> None:
         )
 
 
-@jax.jit(static_argnames=("module", "method", "dims"))
-def _prefill_exact(
-    module: Transformer, method: CacheMethod, dims: tuple[CacheDims, ...], params: PyTree, tokens: Array, lengths: Array
-) -> tuple[Array, ModelCache]:
+def _empty_cache(
+    method: CacheMethod, dims: tuple[CacheDims, ...], mesh: Mesh | None, rules: ShardingRules, lengths: Array
+) -> ModelCache:
     cache = ModelCache.init(method, dims, lengths)
+    return cache if mesh is None else shard_cache(cache, mesh, rules)
+
+
+@jax.jit(static_argnames=("module", "method", "dims", "mesh", "rules"))
+def _prefill_exact(
+    module: Transformer,
+    method: CacheMethod,
+    dims: tuple[CacheDims, ...],
+    mesh: Mesh | None,
+    rules: ShardingRules,
+    params: PyTree,
+    tokens: Array,
+    lengths: Array,
+) -> tuple[Array, ModelCache]:
+    cache = _empty_cache(method, dims, mesh, rules, lengths)
     valid = jnp.arange(tokens.shape[1]) < lengths[:, None]
     logits, layers = module.apply({"params": params}, tokens, cache=cache.layers, valid=valid, logits_at=lengths - 1)
     return logits[:, 0], dataclasses.replace(cache, layers=layers)
 
 
-@jax.jit(static_argnames=("module",), donate_argnames=("cache", "logits"))
-def extend(
-    module: Transformer, params: PyTree, cache: ModelCache, logits: Array, tokens: Array, lengths: Array
-) -> tuple[Array, ModelCache]:
-    """Appends a chunk: tokens int32 [B, T] of which the first `lengths` [B] of each row exist.
-
-    Returns:
-      The logits after each row's last token (f32 [B, V]; the given ones for rows that append nothing), and the cache.
-    """
+@jax.jit(static_argnames=("module",), donate_argnames=("context",))
+def _extend(module: Transformer, params: PyTree, context: Context, tokens: Array, lengths: Array) -> Context:
+    """The logits stay as they are in rows that append nothing."""
     valid = jnp.arange(tokens.shape[1]) < lengths[:, None]
     last = jnp.maximum(lengths - 1, 0)
-    fresh, layers = module.apply({"params": params}, tokens, cache=cache.layers, valid=valid, logits_at=last)
-    logits = jnp.where((lengths > 0)[:, None], fresh[:, 0], logits)
-    return logits, dataclasses.replace(cache, layers=layers)
+    fresh, layers = module.apply({"params": params}, tokens, cache=context.cache.layers, valid=valid, logits_at=last)
+    logits = jnp.where((lengths > 0)[:, None], fresh[:, 0], context.logits)
+    return Context(dataclasses.replace(context.cache, layers=layers), logits)

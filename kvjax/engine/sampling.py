@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from numbers import Real
 
 import jax
 import jax.numpy as jnp
@@ -26,12 +28,13 @@ class Sampler:
     top_p: float | None = None
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise UsageError(f"temperature must be at least 0 (0 is greedy); got {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            raise UsageError(f"top_k must be at least 1; got {self.top_k}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise UsageError(f"top_p must be in (0, 1]; got {self.top_p}")
+        temperature, top_k, top_p = self.temperature, self.top_k, self.top_p
+        if not (isinstance(temperature, Real) and 0 <= temperature < math.inf):
+            raise UsageError(f"temperature is a finite number of at least 0 (0 is greedy); got {temperature!r}")
+        if not (top_k is None or (isinstance(top_k, int) and top_k >= 1)):
+            raise UsageError(f"top_k is a whole number of at least 1, or None; got {top_k!r}")
+        if not (top_p is None or (isinstance(top_p, Real) and 0 < top_p <= 1)):
+            raise UsageError(f"top_p is in (0, 1], or None; got {top_p!r}")
 
     def sample(self, logits: Array, key: Array) -> Array:
         """int32 [B] from f32 [B, V]."""

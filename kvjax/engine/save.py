@@ -7,18 +7,23 @@ from pathlib import Path
 from kvjax.cache import save as folder
 from kvjax.cache.model_cache import ModelCache
 from kvjax.engine.prefill import Context
+from kvjax.engine.request import check_kind
+from kvjax.errors import writing
 
 
 def save_cache(cache: ModelCache | Context, path: str | Path, *, overwrite: bool = False) -> None:
     """Writes a cache (and the logits of a context) to the folder `path`; see `kvjax.cache.save.save`.
 
     Raises:
-      UsageError: `path` exists and `overwrite` is False or it is not a saved cache, or the cache cannot be saved.
+      UsageError: `path` exists and `overwrite` is False or it is not a saved cache, it cannot be written, or the cache
+        cannot be saved.
     """
+    extras = {}
     if isinstance(cache, Context):
-        folder.save(cache.cache, path, extras={"logits": cache.logits}, overwrite=overwrite)
-    else:
-        folder.save(cache, path, overwrite=overwrite)
+        cache, extras = cache.cache, {"logits": cache.logits}
+    check_kind("the cache to save", cache, ModelCache, "the context that kvjax.prefill returns, or its .cache")
+    with writing(path):
+        folder.save(cache, path, extras=extras, overwrite=overwrite)
 
 
 def load_cache(path: str | Path) -> ModelCache | Context:

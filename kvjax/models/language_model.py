@@ -8,10 +8,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from kvjax.models.config import TransformerConfig
 from kvjax.models.tokenizer import Tokenizer
 from kvjax.models.transformer import Transformer
+from kvjax.sharding import ShardingRules, param_specs, place
 from kvjax.typing import Array, PyTree
 
 
@@ -25,12 +29,16 @@ class LanguageModel:
       params: the parameter tree of `Transformer(config)`.
       tokenizer: of the folder the model came from.
       name: of that folder.
+      mesh: the devices that the parameters are spread over, and on which `generate` then runs; None is one device.
+      rules: which axes go where on the mesh.
     """
 
     config: TransformerConfig = dataclasses.field(metadata={"static": True})
     params: PyTree
     tokenizer: Tokenizer = dataclasses.field(default=Tokenizer(), metadata={"static": True})
     name: str = dataclasses.field(default="model", metadata={"static": True})
+    mesh: Mesh | None = dataclasses.field(default=None, metadata={"static": True})
+    rules: ShardingRules = dataclasses.field(default=ShardingRules(), metadata={"static": True})
 
     @property
     def module(self) -> Transformer:
@@ -47,6 +55,17 @@ class LanguageModel:
     ) -> tuple[Array, tuple[Any, ...] | None]:
         """`Transformer.__call__` with these parameters: tokens int32 [B, T] to (logits f32 [B, T, V], cache)."""
         return self.module.apply({"params": self.params}, tokens, positions, cache, valid, logits_at)  # pyright: ignore[reportReturnType]
+
+    def on_mesh(self, mesh: Mesh, rules: ShardingRules = ShardingRules()) -> LanguageModel:
+        """This model with its parameters spread over a mesh (`kvjax.sharding.make_mesh`); rows and caches follow."""
+        params = place(self.params, param_specs(self.params, mesh, rules), mesh)
+        return dataclasses.replace(self, params=params, mesh=mesh, rules=rules)
+
+    def place_rows(self, x: Any) -> Array:
+        """An array [B, ...] on the devices that work on its rows."""
+        if self.mesh is None:
+            return jnp.asarray(x)
+        return place(x, P(self.rules.axis("batch", x.shape[0], self.mesh)), self.mesh)
 
     @property
     def num_params(self) -> int:

@@ -54,8 +54,18 @@ class Tokenizer:
         return self._present().token_to_id(token)
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
-        """Token ids of `text`; with `special` also what the tokenizer puts around a text, such as a first token."""
-        return self._present().encode(text, add_special_tokens=special).ids
+        """Token ids of `text`; with `special` also what the tokenizer puts around a text, such as a first token.
+
+        Raises:
+          UsageError: not a text, or one with half characters (lone surrogates), as badly decoded bytes have.
+        """
+        try:
+            return self._present().encode(text, add_special_tokens=special).ids
+        except TypeError:
+            raise UsageError(
+                f"this is no text that can be encoded: {text!r:.80}. If it was read from bytes, decode them as what "
+                "they are, or with errors='replace'."
+            ) from None
 
     def encode_batch(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
         """`encode` for many texts, on several threads."""
@@ -111,7 +121,9 @@ def load_tokenizer(folder: Path, stop_ids: tuple[int, ...] = ()) -> Tokenizer:
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
-        raise CorruptDataError(f"{path} is not a tokenizer that `tokenizers` can read: {error}.") from None
+        raise CorruptDataError(
+            f"{path} is not a tokenizer that `tokenizers` can read: {error}. Download it again."
+        ) from None
     # Padding and truncation saved in the file would silently change every encoding.
     backend.no_padding()
     backend.no_truncation()
@@ -141,7 +153,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CorruptDataError(f"{path} is not JSON: {error}.") from None
+        raise CorruptDataError(f"{path} is not JSON: {error}. Download or write it again.") from None
     if not isinstance(found, dict):
         raise CorruptDataError(f"{path} should hold a JSON object, but holds a {type(found).__name__}.")
     return found

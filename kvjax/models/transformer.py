@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from kvjax.attention.norm import RMSNorm
 from kvjax.attention.projection import Projection
 from kvjax.models.config import RopeConfig, TransformerConfig
+from kvjax.models.inputs import check_inputs
 from kvjax.models.layers import DecoderLayer, Embedding
 from kvjax.typing import Array
 from pallas_kernels.rope import Rope
@@ -47,8 +48,12 @@ class Transformer(nn.Module):
 
         Returns:
           logits f32 [B, T, V] ([B, 1, V] with `logits_at`), and the next cache (None without one).
+
+        Raises:
+          UsageError: an argument of another shape or dtype; found while tracing.
         """
         config = self.config
+        check_inputs(config.num_layers, tokens, positions, cache, valid, logits_at)
         positions = _positions(tokens, cache) if positions is None else positions
         valid = jnp.ones(tokens.shape, bool) if valid is None else valid
         ropes = self._ropes(jnp.max(jnp.where(valid, positions, 0)) + 1)

@@ -29,21 +29,22 @@ CONFIG = {
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
 }
-# Peak resident memory of a fresh process, before and after `load`, in bytes; and that the weights are the right ones.
-# `VmHWM` and not getrusage: a child inherits the latter's peak from the process that started it.
+# What a fresh process holds before `load` and the most it held until the end of it, in bytes; and that the weights are
+# the right ones. `VmHWM` and not getrusage: a child inherits the latter's peak from the process that started it. And
+# before `load` what is held, not its peak: importing needs more for a moment, which would hide as much of the growth.
 PROGRAM = """
 import json, re, sys
 import jax, jax.numpy as jnp
 from kvjax.models.huggingface import load
 
-def peak():
-    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+def status(field):
+    return 1024 * int(re.search(field + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
 
 jax.block_until_ready(jnp.ones(8) + 1)
-before = peak()
+before = status("VmRSS")
 model = load(sys.argv[1], dtype=sys.argv[2])
 jax.block_until_ready(model.params)
-after = peak()
+after = status("VmHWM")
 q = model.params["layers_8"]["attention"]["q"]["kernel"]
 print(json.dumps({"growth": after - before, "nbytes": sum(x.nbytes for x in jax.tree.leaves(model.params)),
     "largest": max(x.nbytes for x in jax.tree.leaves(model.params)), "q": float(q[5, 31, 63])}))

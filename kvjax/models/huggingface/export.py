@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from kvjax.errors import UsageError
+from kvjax.errors import UsageError, writing
 from kvjax.models.huggingface import tensor_file
 from kvjax.models.huggingface.checkpoint import INDEX, SINGLE
 from kvjax.models.huggingface.config import write_config
@@ -35,7 +35,8 @@ def export(model: LanguageModel, folder: str | Path, *, max_shard_bytes: int = 5
       The folder.
 
     Raises:
-      UsageError: the folder is not empty, no family computes this config, or a parameter has the wrong shape.
+      UsageError: the folder is not empty, no family computes this config, a parameter has the wrong shape, or the
+        folder cannot be written.
     """
     path = Path(folder).expanduser()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -45,11 +46,12 @@ def export(model: LanguageModel, folder: str | Path, *, max_shard_bytes: int = 5
     _check_params(wanted, params)
     config = write_config(model.config, np.dtype(model.dtype).name)
     special = _special_ids(model.tokenizer)
-    path.mkdir(parents=True, exist_ok=True)
-    write_json(path / "config.json", config | special)
-    write_json(path / "generation_config.json", {"_from_model_config": True} | special)
-    save_tokenizer(model.tokenizer, path)
-    _write_weights(path, wanted, params, max_shard_bytes)
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+        write_json(path / "config.json", config | special)
+        write_json(path / "generation_config.json", {"_from_model_config": True} | special)
+        save_tokenizer(model.tokenizer, path)
+        _write_weights(path, wanted, params, max_shard_bytes)
     return path
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.resources
+import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -56,9 +57,11 @@ def _resolve(folder: str | Path) -> Path:
     )
     if not (path / "config.json").is_file():
         why = "it has no config.json" if path.is_dir() else "there is no such folder"
+        on_hub = not path.is_dir() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder))
+        download = f" Nothing is downloaded for you; for example: hf download {folder} --local-dir FOLDER."
         raise UsageError(
             f"cannot load a model from {path}: {why}. Give the folder of a Hugging Face model "
-            f"(config.json, *.safetensors, tokenizer.json), or {REFERENCE!r}."
+            f"(config.json, *.safetensors, tokenizer.json), or {REFERENCE!r}.{download if on_hub else ''}"
         )
     return path.resolve()
 
