@@ -118,7 +118,7 @@ class CacheMethod:
             body = ceil_to(dims.max_length - self.sinks - ring, self.block)
             return Layout(self.block, self.sinks, ring, body, self._even(body, dims))
         tokens = self.budget.tokens(dims.prompt_length)
-        ring = self._ring(tokens)
+        ring = min(self._ring(tokens), ceil_to(dims.max_length - self.sinks, self.block))
         # A shorter row can have a smaller ring and, by rounding to blocks, one block more in its body.
         kept = max(self._kept(t) for t in range(max(tokens - self.block, 1), tokens + 1))
         self._check_kept(tokens, ring, kept, dims)

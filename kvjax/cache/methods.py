@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Literal
 
 from kvjax.cache.budget import Uniform
-from kvjax.cache.codec import Identity, Integer
+from kvjax.cache.codec import Float8, Identity, Integer
 from kvjax.cache.layout import ceil_to
 from kvjax.cache.method import CacheMethod
 from kvjax.cache.policy import AttentionMass, Observation, Random, Recency
@@ -104,7 +104,7 @@ def snapkv(
     )
 
 
-def kivi(bits: Literal[8, 4, 2] = 2, group: int = 32, residual: int = 128) -> CacheMethod:
+def kivi(bits: Literal[8, 4, 3, 2] = 2, group: int = 32, residual: int = 128) -> CacheMethod:
     """Keys per channel over token groups, values per token over channel groups, recent tokens exact.
 
     Paper: Liu et al., 2024, "KIVI" (arXiv 2402.02750), section 3. Asymmetric, with a scale and a zero point of 16 bits
@@ -119,13 +119,23 @@ def kivi(bits: Literal[8, 4, 2] = 2, group: int = 32, residual: int = 128) -> Ca
     )
 
 
-def integer(bits: Literal[8, 4, 2] = 8, group: int | None = None, symmetric: bool = False) -> CacheMethod:
+def integer(bits: Literal[8, 4, 3, 2] = 8, group: int | None = None, symmetric: bool = False) -> CacheMethod:
     """Every token in integers, per token and head (or per `group` channels), nothing exact but the current token.
 
     Paper: none in particular; what serving engines call per-token-head quantisation.
     """
     codec = Integer(bits=bits, axis="token", group=group, symmetric=symmetric)
     return CacheMethod(name=f"int{bits}", keys=codec, values=codec)
+
+
+def fp8(format: Literal["e4m3", "e5m2"] = "e4m3", scale: Literal["token", "none"] = "token") -> CacheMethod:
+    """Every token in floating numbers of 8 bits, nothing exact but the current token.
+
+    Paper: Micikevicius et al., 2022, "FP8 Formats for Deep Learning" (arXiv 2209.05433) has the formats. Each token and
+    head has a scale; with `scale=none` magnitudes beyond 448 (e4m3) or 57344 (e5m2) saturate.
+    """
+    codec = Float8(format=format, scale=scale)
+    return CacheMethod(name="fp8", keys=codec, values=codec)
 
 
 def kivi_4(group: int = 32, residual: int = 128) -> CacheMethod:
@@ -144,12 +154,16 @@ def int4(group: int | None = 32, symmetric: bool = False) -> CacheMethod:
     return integer(4, group, symmetric)
 
 
+def int3(group: int | None = 32, symmetric: bool = False) -> CacheMethod:
+    return integer(3, group, symmetric)
+
+
 def int2(group: int | None = 32, symmetric: bool = False) -> CacheMethod:
     return integer(2, group, symmetric)
 
 
 kivi_4.__doc__ = kivi_2.__doc__ = kivi.__doc__
-int8.__doc__ = int4.__doc__ = int2.__doc__ = integer.__doc__
+int8.__doc__ = int4.__doc__ = int3.__doc__ = int2.__doc__ = integer.__doc__
 
 METHODS: dict[str, Callable[..., CacheMethod]] = {
     "full": full,
@@ -160,7 +174,9 @@ METHODS: dict[str, Callable[..., CacheMethod]] = {
     "kivi-4": kivi_4,
     "kivi-2": kivi_2,
     "int8": int8,
+    "fp8": fp8,
     "int4": int4,
+    "int3": int3,
     "int2": int2,
 }
 
@@ -230,8 +246,8 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMG])i?B", re.IGNORECASE)
 def _value(text: str) -> int | float | bool | str:
     if size := _SIZE.fullmatch(text):
         return int(float(size[1]) * 1024 ** (1 + "KMG".index(size[2].upper())))
-    if text.endswith("%"):
-        return float(text[:-1]) / 100
+    if share := re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text):
+        return float(share[1]) / 100
     if text in ("true", "false"):
         return text == "true"
     for kind in (int, float):

@@ -11,6 +11,9 @@ from kvjax.evaluation.summary import Estimate, Point, Row, difference, points, s
 
 MOST_NAMED = 4
 
+NEAR = 0.1
+"""Loss of score up to which a smaller cache is called as good as the full one."""
+
 
 def findings(rows: Sequence[Row], config: Mapping[str, Any]) -> list[str]:
     """One to three sentences about the longest context; none where no method has a mean score.
@@ -99,13 +102,15 @@ def _blind(full: Point, others: Sequence[Point]) -> str | None:
 
 
 def _smallest_unharmed(full: Point, others: Sequence[Point]) -> str:
-    """The smallest cache whose score is not below full's by more than chance."""
-    unharmed = [p for p in others if p.score.high >= full.score.low and p.row.ratio < full.row.ratio]
+    """The smallest cache that is shown to lose little; overlapping intervals show nothing where they are wide."""
+    near = f"within {100 * NEAR:.0f} points of the full one"
+    smaller = [p for p in others if p.row.ratio < full.row.ratio]
+    unharmed = [p for p in smaller if difference(p.score, full.score).low >= -NEAR]
     if not unharmed:
-        return "No smaller cache keeps the score of the full one."
+        return f"No smaller cache is shown to score {near}."
     point = min(unharmed, key=lambda point: point.row.ratio)
     return (
-        f"The smallest cache that scores like the full one, within the intervals, is {point.row.method}: "
+        f"The smallest cache that is shown to score {near} is {point.row.method}: "
         f"{full.row.ratio / point.row.ratio:.1f}× smaller, {interval(point.score)} against {interval(full.score)}."
     )
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kvjax.cache.method import CacheMethod
+from kvjax.engine.request import check_kind
 from kvjax.errors import NumericsError, UsageError
 from kvjax.evaluation import accuracy, defaults, profile
 from kvjax.evaluation.batch import Batch, can_stream
@@ -70,6 +71,7 @@ class Plan:
         cls, model: LanguageModel, methods: Sequence[str | CacheMethod], tasks: Sequence[str], options: Options
     ) -> Plan:
         """Checks everything that can be checked before the model runs; arguments and errors as in `kvjax.compare`."""
+        check_kind("model", model, LanguageModel, 'kvjax.load("reference")')
         for name in ("seeds", "examples", "batch"):
             if getattr(options, name) < 1:
                 raise UsageError(f"{name} must be at least 1, got {getattr(options, name)}")

@@ -108,3 +108,10 @@ def test_a_ring_holds_its_window_after_giving_up_a_block(recent: int, block: int
         assert ring - block + 1 >= recent
     smaller = ring - block
     assert smaller <= 0 or smaller - block + 1 < recent
+
+
+@pytest.mark.parametrize("name", ["h2o:tokens=1000", "streaming_llm:tokens=900", "snapkv:tokens=500+int4"])
+def test_a_budget_beyond_the_context_allocates_no_more_than_the_context(name: str) -> None:
+    dims = CacheDims(batch=2, kv_heads=2, query_heads=4, head_dim=32, max_length=128, prompt_length=96)
+    layout = parse(name).layout(dims)
+    assert 128 <= layout.sinks + layout.ring + layout.body <= 128 + layout.block

@@ -92,6 +92,12 @@ def test_where_a_floor_scores_like_the_full_cache_nothing_is_concluded(full, ran
     assert len(said) == 1 and said[0].startswith("Even random scores like the full cache")
 
 
+def test_few_examples_show_nothing():
+    """Four right of four and one of four have overlapping intervals, which is no reason to call them alike."""
+    said = findings(rows({"full": 1.0, "snapkv": 0.5}, SIZES, examples=1, contexts=(1024,)), {})
+    assert said[0] == "No smaller cache is shown to score within 10 points of the full one."
+
+
 def test_that_nothing_keeps_the_score_is_said():
     assert "No smaller cache" in findings(rows({"full": 0.96, "snapkv": 0.4}, SIZES), {})[0]
 
