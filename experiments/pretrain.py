@@ -11,6 +11,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvjax.assets import REFERENCE
+
 if TYPE_CHECKING:
     from kvjax.models.config import TransformerConfig
     from kvjax.training.step import Forward
@@ -38,7 +40,7 @@ class Config:
 
     out: Path = Path("runs/pretrain")
     corpus: Path = Path("runs/corpus")
-    tokenizer: Path = Path("kvjax/assets/reference")
+    tokenizer: Path = REFERENCE
     seed: int = 0
     steps: int = 2000
     seconds: float | None = None

@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from kvjax.assets import HELDOUT, heldout_text
+from kvjax.assets import HELDOUT, REFERENCE, heldout_text
 from kvjax.errors import UsageError
+from kvjax.progress import track
 from kvjax.tasks import Vocabulary
 from kvjax.training.shards import Shards
 
@@ -42,7 +43,7 @@ class Config:
     """
 
     out: Path = Path("runs/corpus")
-    tokenizer: Path = Path("kvjax/assets/reference")
+    tokenizer: Path = REFERENCE
     vocab_size: int = 1024
 
 
@@ -138,7 +139,11 @@ def main(config: Config) -> Path:
     if not (config.tokenizer / "tokenizer.json").exists():
         save_tokenizer(train_tokenizer([text for _, text in kept], config.vocab_size), config.tokenizer)
     tokenizer = Tokenizer.from_file(str(config.tokenizer / "tokenizer.json"))
-    tokens = [np.asarray(tokenizer.encode(text).ids, np.uint16) for _, text in kept]
+    tokens = []
+    with track("corpus", len(kept)) as advance:
+        for name, text in kept:
+            tokens.append(np.asarray(tokenizer.encode(text).ids, np.uint16))
+            advance(1, name)
     heldout = np.asarray(tokenizer.encode(heldout_text(), add_special_tokens=False).ids, np.uint16)
     shards = Shards(np.concatenate(tokens), heldout, bytes_of(tokenizer), Vocabulary.of(tokenizer))
     shards.save(config.out)
