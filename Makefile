@@ -3,7 +3,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-slow test-next lint format clean
+.PHONY: help demo test test-fast test-slow test-next test-hardware lint format clean
 
 PYTHON ?= $(shell .ci/find-python 3.11 3.12 3.13 || .ci/find-python)
 BIN := .venv/bin
@@ -15,6 +15,7 @@ help:
 	@echo 'make demo       compare cache methods on the shipped model; prints where the report is'
 	@echo 'make test       format check, lint, types, tests; a short smoke on a newer Python if there is one'
 	@echo 'make test-slow  the tests that take minutes'
+	@echo 'make test-hardware  compile kernels for TPUs and an H100 that need not be here (.venv-hardware)'
 	@echo 'make format     rewrite the code the way the format check wants it'
 	@echo 'make clean      remove the environments and caches that these commands made'
 
@@ -55,6 +56,9 @@ test-slow: .venv/.installed-test
 test-next: .venv/.installed-test
 	@.ci/next
 
+test-hardware:
+	@.ci/hardware
+
 test:
 	@$(MAKE) --no-print-directory lint
 	@$(MAKE) --no-print-directory test-next
@@ -65,4 +69,4 @@ format: .venv/.installed-test
 	@$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf .venv .venv-next .jax_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-next .venv-hardware .jax_cache .pytest_cache .ruff_cache .hypothesis

@@ -21,16 +21,18 @@ class Implementation:
       name: what a caller writes in `implementation=`.
       run: the function; all implementations of an op take the same arguments.
       platforms: JAX backends ('cpu', 'gpu', 'tpu') where it is tried without being named; None means all.
+      unproven: why its results are not trusted yet; then it is never tried without being named.
     """
 
     name: str
     run: Callable[..., Any]
     platforms: tuple[str, ...] | None = None
+    unproven: str = ""
 
     def declines(self, platform: str) -> str | None:
         """Why it is not tried on `platform`, or None."""
         if self.platforms is None or platform in self.platforms:
-            return None
+            return self.unproven or None
         return f"made for {', '.join(self.platforms)}; this process computes on {platform}"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
+import jax
 import jax.numpy as jnp
 
 from kvjax.cache.prompt import group_filled, group_queries, rotate, ungroup
@@ -74,6 +75,7 @@ def read_cache(cache: LayerCache, step: Step) -> tuple[Array, LayerCache, Array 
         softcap=step.softcap,
         reduce=reduce,
     )
+    assert isinstance(own_mass, jax.Array)
     return output, _observe(cache, logits, lse, step.valid, reduce), own_mass
 
 

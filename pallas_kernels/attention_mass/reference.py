@@ -5,13 +5,14 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.attention_mass.noise import GumbelNoise
 from pallas_kernels.logits import cap, visible
 
 
 def run(
     q: jax.Array,
     k: jax.Array,
-    lse: jax.Array,
+    lse: jax.Array | None,
     *,
     query_positions: jax.Array,
     key_positions: jax.Array,
@@ -20,12 +21,23 @@ def run(
     window: int | None,
     scale: float,
     softcap: float | None,
+    temperature: jax.Array | None = None,
+    noise: GumbelNoise | None = None,
     reduce: str,
-) -> jax.Array:
+    return_lse: bool = False,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
     """See `api.attention_mass`."""
-    logits = jnp.einsum("bkgth,bksh->bkgts", q.astype(jnp.float32), k.astype(jnp.float32)) * scale
+    logits = cap(jnp.einsum("bkgth,bksh->bkgts", q.astype(jnp.float32), k.astype(jnp.float32)) * scale, softcap)
+    if noise is not None:
+        logits += noise.at(query_positions, key_positions, q.shape[2])
+    if temperature is not None:
+        logits *= (temperature[:, None, None] if temperature.ndim == 2 else temperature)[..., None]
     mask = visible(query_positions, key_positions, window) & query_valid[:, :, None] & key_valid[:, None, :]
-    mask = mask[:, None, None] & ~jnp.isneginf(lse)[..., None]
-    probabilities = jnp.where(mask, jnp.exp(cap(logits, softcap) - lse[..., None]), 0.0)
+    logits = jnp.where(mask[:, None, None], logits, -jnp.inf)
+    if lse is None:
+        lse = jax.nn.logsumexp(logits, axis=-1)
+    safe = jnp.where(jnp.isneginf(lse), jnp.inf, lse)
+    probabilities = jnp.where(mask[:, None, None], jnp.exp(logits - safe[..., None]), 0.0)
     over_group = {"sum": jnp.sum, "mean": jnp.mean, "max": jnp.max}[reduce]
-    return jnp.sum(over_group(probabilities, axis=2), axis=2)
+    mass = jnp.sum(over_group(probabilities, axis=2), axis=2)
+    return (mass, lse) if return_lse else mass

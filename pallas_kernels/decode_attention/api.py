@@ -7,13 +7,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.decode_attention import reference, specs, xla
+from pallas_kernels.decode_attention import pallas_gpu, pallas_tpu, reference, specs, xla
 from pallas_kernels.dispatch import Implementation, Op
 from pallas_kernels.loader import Loader
+from pallas_kernels.pages import Pages
 
 OP = Op(
     name="decode_attention",
-    implementations=(Implementation("xla", xla.run), Implementation("reference", reference.run)),
+    implementations=(
+        Implementation("pallas_tpu", pallas_tpu.run, platforms=("tpu",)),
+        Implementation(
+            "pallas_gpu", pallas_gpu.run, platforms=("gpu",), unproven="numerics unproven: never run on a device"
+        ),
+        Implementation("xla", xla.run),
+        Implementation("reference", reference.run),
+    ),
     example=specs.SPECS[0].abstract,
 )
 
@@ -23,7 +31,9 @@ def decode_attention(
     keys: Loader,
     values: Loader,
     *,
-    valid: jax.Array,
+    lengths: jax.Array | None = None,
+    valid: jax.Array | None = None,
+    pages: Pages | None = None,
     positions: jax.Array | None = None,
     query_positions: jax.Array | None = None,
     window: int | None = None,
@@ -36,13 +46,19 @@ def decode_attention(
     """Attention of R queries per kv head to S slots that all precede them; blocked, computed in float32.
 
     There is no causal mask: a query sees a slot that is valid and, with a window, less than `window` positions before
-    it. What lies in invalid slots, NaN included, changes nothing. Head axes of 1 are shared by all kv heads.
+    it. What lies in invalid slots, NaN included, changes nothing. Head axes of 1 are shared by all kv heads. Slots are
+    valid where both `lengths` and `valid` say so; `lengths` alone is the cheapest.
+
+    Gradients with respect to q and to the floating leaves of `keys` and `values` are those of the definition.
 
     Args:
       q: [B, K, R, H], rotated; R = G · T queries that read kv head k.
       keys: loader with slots [B, K or 1, n, ...].
       values: loader of as many slots; its block may differ from that of the keys.
-      valid: bool [B, K or 1, S].
+      lengths: int32 [B] or [B, K or 1]; slots from there on are not valid. None: no such limit.
+      valid: bool [B, K or 1, S]. None: no holes.
+      pages: read slots through a page table: then slots of `keys` and `values` lead with [B or 1, K or 1, n], and S is
+        `pages.count` everywhere else. None: slots lie in order.
       positions: int32 [B, K or 1, S], original position of each slot; needed with a window.
       query_positions: int32 [B, R]; needed with a window.
       window: sliding window in tokens, or None.
@@ -50,7 +66,7 @@ def decode_attention(
       softcap: logits become softcap * tanh(logits / softcap), or None.
       bias: f32 [B, K or 1, S] added to the capped logits (log N where a slot stands for N tokens), or None.
       return_logits: also return what the softmax was taken of.
-      implementation: 'xla' or 'reference'; None picks.
+      implementation: 'pallas_tpu', 'pallas_gpu', 'xla' or 'reference'; None picks.
 
     Returns:
       out f32 [B, K, R, H] and lse f32 [B, K, R]; a query that sees nothing gets out 0 and lse -inf. With
@@ -60,7 +76,13 @@ def decode_attention(
       ValueError: shapes do not agree, or a window comes without positions.
       NotImplementedError: the named implementation cannot do this.
     """
-    _check(q, keys, values, valid, {"positions": positions, "bias": bias})
+    slots = keys.count if pages is None else pages.count
+    if lengths is not None and lengths.ndim == 1:
+        lengths = lengths[:, None]
+    _check_loaders(q, keys, values, pages)
+    _check_slotwise(q, slots, {"valid": valid, "positions": positions, "bias": bias})
+    if lengths is not None and lengths.shape not in {(q.shape[0], 1), q.shape[:2]}:
+        raise ValueError(f"lengths must be [B] or [B, K or 1] with [B, K] = {q.shape[:2]}; got {lengths.shape}")
     if window is not None and (positions is None or query_positions is None):
         raise ValueError("a window needs positions [B, K or 1, S] and query_positions [B, R]")
     if query_positions is not None and query_positions.shape != (q.shape[0], q.shape[2]):
@@ -71,7 +93,9 @@ def decode_attention(
         q.astype(jnp.float32),
         keys,
         values,
+        lengths=lengths,
         valid=valid,
+        pages=pages,
         positions=positions,
         query_positions=query_positions,
         window=window,
@@ -83,20 +107,37 @@ def decode_attention(
     )
 
 
-def _check(q: jax.Array, keys: Loader, values: Loader, valid: jax.Array, slotwise: dict[str, Any]) -> None:
+def _check_loaders(q: jax.Array, keys: Loader, values: Loader, pages: Pages | None) -> None:
     if q.ndim != 4 or q.shape[-1] != keys.head_dim:
         raise ValueError(f"q must be [B, K, R, H] with H = {keys.head_dim} as the keys have; got {q.shape}")
     batch, heads = q.shape[:2]
+    rows = (batch,) if pages is None else (1, batch)
     for name, loader in (("keys", keys), ("values", values)):
         for leaf in jax.tree.leaves(loader.slots):
-            if leaf.shape[0] != batch or leaf.shape[1] not in (1, heads):
+            if leaf.shape[0] not in rows or leaf.shape[1] not in (1, heads):
+                form = "[B, K or 1]" if pages is None else "[B or 1, K or 1]"
                 raise ValueError(
-                    f"slots of {name} must lead with [B, K or 1] = [{batch}, {heads} or 1]; got {leaf.shape}"
+                    f"slots of {name} must lead with {form} where [B, K] = {[batch, heads]}; got {leaf.shape}"
                 )
-        if loader.count != valid.shape[-1]:
-            raise ValueError(f"{name} hold {loader.count} slots, but valid has {valid.shape[-1]}")
-    for name, x in {"valid": valid, **slotwise}.items():
+    if keys.count != values.count:
+        raise ValueError(f"keys hold {keys.count} slots, but values hold {values.count}")
+    if pages is None:
+        return
+    if pages.table.ndim != 3 or pages.table.shape[0] != batch or pages.table.shape[1] not in (1, heads):
+        raise ValueError(f"a page table must be [B, K or 1, n] = [{batch}, {heads} or 1, n]; got {pages.table.shape}")
+    for name, loader in (("keys", keys), ("values", values)):
+        piece = loader.block * loader.granularity
+        if pages.size % piece or loader.count % pages.size:
+            raise ValueError(
+                f"pages of {pages.size} slots do not fit {name}: {loader.count} slots that can be cut at multiples of "
+                f"{piece}"
+            )
+
+
+def _check_slotwise(q: jax.Array, slots: int, arrays: dict[str, Any]) -> None:
+    batch, heads = q.shape[:2]
+    for name, x in arrays.items():
         if x is not None and (x.ndim != 3 or x.shape[0] != batch or x.shape[1] not in (1, heads)):
             raise ValueError(f"{name} must be [B, K or 1, S] = [{batch}, {heads} or 1, S]; got {x.shape}")
-        if x is not None and x.shape[2] != valid.shape[2]:
-            raise ValueError(f"{name} has {x.shape[2]} slots, valid has {valid.shape[2]}")
+        if x is not None and x.shape[2] != slots:
+            raise ValueError(f"{name} has {x.shape[2]} slots, keys and values have {slots}")

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.loader import Loader
 from pallas_kernels.logits import cap, finite_max, log_sum
+from pallas_kernels.pages import Pages, valid_slots
 
 
 def run(
@@ -14,7 +15,9 @@ def run(
     keys: Loader,
     values: Loader,
     *,
-    valid: jax.Array,
+    lengths: jax.Array | None = None,
+    valid: jax.Array | None = None,
+    pages: Pages | None = None,
     positions: jax.Array | None,
     query_positions: jax.Array | None,
     window: int | None,
@@ -24,6 +27,9 @@ def run(
     return_logits: bool,
 ) -> tuple[jax.Array, ...]:
     """See `api.decode_attention`."""
+    if pages is not None:
+        keys, values = pages.gather(keys), pages.gather(values)
+    valid = valid_slots(q.shape[0], keys.count, lengths, valid)
     batch, heads, _, _ = q.shape
     slots = valid.shape[-1]
     k = jnp.broadcast_to(keys.decode(), (batch, heads, slots, keys.head_dim))

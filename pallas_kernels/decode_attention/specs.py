@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.loader import DenseLoader, IntegerLoader, Loader, RotatedLoader
+from pallas_kernels.pages import Pages
 from pallas_kernels.rope import Rope
 from pallas_kernels.rows import Rows
 
@@ -61,7 +62,15 @@ class Format:
 
 @dataclasses.dataclass(frozen=True)
 class DecodeSpec:
-    """One workload; letters as in the glossary. `lengths` counts the valid slots of each row (None: all)."""
+    """One workload; letters as in the glossary.
+
+    Attributes:
+      masks_per_head: what is slot-wise differs between kv heads.
+      lengths: valid slots of each row; None: all.
+      holes: share of slots that are not valid besides.
+      page: slots per page; None: slots lie in order.
+      pool: where pages lie: a row and kv head has a pool of twice as many as it reads, or there is one pool for all.
+    """
 
     name: str
     batch: int
@@ -76,21 +85,24 @@ class DecodeSpec:
     bias: bool = False
     masks_per_head: bool = False
     lengths: tuple[int, ...] | None = None
+    holes: float = 0.0
+    page: int | None = None
+    pool: Literal["own", "joint"] = "own"
 
     def arguments(self, seed: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Random (args, kwargs) of the op."""
-        q_key, k_key, v_key, mask_key, bias_key = jax.random.split(jax.random.key(seed), 5)
+        q_key, k_key, v_key, mask_key, bias_key, page_key = jax.random.split(jax.random.key(seed), 6)
         q = jax.random.normal(q_key, (self.batch, self.kv_heads, self.rows, self.head_dim))
-        size = (self.batch, self.kv_heads, self.slots, self.head_dim)
+        size, pages = (self.batch, self.kv_heads, self.slots, self.head_dim), None
+        if self.page is not None:
+            size, pages = self._paged(page_key)
         mask_shape = (self.batch, self.kv_heads if self.masks_per_head else 1, self.slots)
-        lengths = jnp.asarray(self.lengths or (self.slots,) * self.batch)
-        valid = jnp.broadcast_to(jnp.arange(self.slots) < lengths[:, None, None], mask_shape)
-        if self.masks_per_head:
-            valid = valid & jax.random.bernoulli(mask_key, 0.7, mask_shape)
         positions = jnp.broadcast_to(jnp.arange(self.slots, dtype=jnp.int32), mask_shape)
         query_positions = self.slots + jnp.arange(self.rows, dtype=jnp.int32) % 8
         kwargs = {
-            "valid": valid,
+            "lengths": None if self.lengths is None else jnp.asarray(self.lengths, jnp.int32)[:, None],
+            "valid": jax.random.bernoulli(mask_key, 1 - self.holes, mask_shape) if self.holes else None,
+            "pages": pages,
             "positions": positions if self.window else None,
             "query_positions": jnp.tile(query_positions, (self.batch, 1)) if self.window else None,
             "window": self.window,
@@ -100,6 +112,17 @@ class DecodeSpec:
             "return_logits": False,
         }
         return (q, self.keys.loader(k_key, *size), self.values.loader(v_key, *size)), kwargs
+
+    def _paged(self, key: jax.Array) -> tuple[tuple[int, int, int, int], Pages]:
+        """The pool's batch, kv heads, slots and channels, and which pages are read; none is read twice."""
+        assert self.page is not None
+        batch, heads, each = self.batch, self.kv_heads, self.slots // self.page
+        if self.pool == "joint":
+            table = jax.random.permutation(key, batch * heads * each).reshape(batch, heads, each)
+            return (1, 1, batch * heads * self.slots, self.head_dim), Pages(table.astype(jnp.int32), self.page)
+        keys = jax.random.split(key, batch * heads)
+        table = jax.vmap(lambda k: jax.random.permutation(k, 2 * each)[:each])(keys).reshape(batch, heads, each)
+        return (batch, heads, 2 * self.slots, self.head_dim), Pages(table.astype(jnp.int32), self.page)
 
     def abstract(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Shapes only: (args, kwargs) of the op."""
@@ -128,14 +151,16 @@ SPECS = (
     DecodeSpec("int8_long", 1, 2, 4, 2500, 128, INT8, INT8, bias=True),
     DecodeSpec("int8_symmetric", 2, 1, 16, 100, 64, Format(8, symmetric=True), Format(8, symmetric=True)),
     DecodeSpec("kivi4", 2, 2, 4, 1024, 128, KIVI_KEYS, KIVI_VALUES, lengths=(1024, 500)),
-    DecodeSpec("kivi2", 1, 2, 8, 96, 32, KIVI2_KEYS, KIVI2_VALUES, masks_per_head=True),
+    DecodeSpec("kivi2", 1, 2, 8, 96, 32, KIVI2_KEYS, KIVI2_VALUES, masks_per_head=True, holes=0.3),
     DecodeSpec("kivi2_tail", 1, 1, 2, 4192, 64, KIVI2_KEYS, Format(2, group=16), window=700),
     DecodeSpec("straddling_groups", 1, 2, 3, 70, 96, Format(4, group=32), Format(2, group=48)),
     DecodeSpec("rotated_int4", 2, 2, 4, 640, 64, Format(4, rotated=True), Format(16), lengths=(640, 77)),
     DecodeSpec("rotated_block", 2, 2, 2, 256, 32, Format(8, block=32, rotated=True), INT8, softcap=10.0),
     DecodeSpec("shared_keys", 2, 4, 2, 333, 64, Format(8, shared=True), Format(16), bias=True),
     DecodeSpec("all_shared", 2, 4, 3, 333, 64, Format(16, shared=True), Format(8, shared=True), window=100),
-    DecodeSpec("window_per_head", 2, 2, 4, 300, 32, window=64, masks_per_head=True, bias=True, lengths=(300, 280)),
+    DecodeSpec(
+        "window_per_head", 2, 2, 4, 300, 32, window=64, masks_per_head=True, holes=0.3, bias=True, lengths=(300, 280)
+    ),
     DecodeSpec("softcap", 2, 2, 4, 130, 128, softcap=3.0),
     DecodeSpec("query_chunk", 1, 2, 512, 700, 32, INT8, INT8, window=650),
     DecodeSpec("query_chunk_dense", 1, 2, 256, 900, 64),
@@ -143,4 +168,34 @@ SPECS = (
     DecodeSpec("folded_int2", 1, 1, 8, 1024, 64, Format(2, group=32, fold=8), Format(8, symmetric=True, fold=2)),
     DecodeSpec("folded_kivi4", 2, 2, 4, 512, 64, Format(4, block=32, fold=4), Format(4, group=32, fold=4), window=300),
     DecodeSpec("empty", 2, 2, 4, 32, 32, INT8, INT8, lengths=(0, 0)),
+    DecodeSpec("holes", 2, 2, 4, 300, 64, Format(16), Format(16), lengths=(300, 40), holes=0.4),
+    DecodeSpec("packed_pool", 2, 2, 4, 512, 64, Format(8, fold=2), INT8, lengths=(400, 0), page=256, pool="joint"),
+    DecodeSpec("chosen_pages", 2, 2, 4, 256, 128, Format(4, fold=2), Format(4, fold=2), page=256, lengths=(200, 256)),
 )
+
+INT4 = Format(4, fold=2)
+INT2 = Format(2, fold=4)
+_LONG = (2, 8, 4, 4096, 128)
+_WIDE = (2, 8, 8, 4096, 128)
+
+HARDWARE = (
+    DecodeSpec("bf16_g4", *_LONG, Format(16), Format(16)),
+    DecodeSpec("bf16_g8", *_WIDE, Format(16), Format(16)),
+    DecodeSpec("int8_g4", *_LONG, INT8, INT8),
+    DecodeSpec("int8_g8", *_WIDE, INT8, INT8),
+    DecodeSpec("int4_g4", *_LONG, INT4, INT4),
+    DecodeSpec("int4_g8", *_WIDE, INT4, INT4),
+    DecodeSpec("int2_g4", *_LONG, INT2, INT2),
+    DecodeSpec("int2_g8", *_WIDE, INT2, INT2),
+    DecodeSpec("int4_g8_h64", 2, 8, 8, 4096, 64, Format(4, fold=4), Format(4, fold=4)),
+    DecodeSpec("kivi4_g4", *_LONG, Format(4, block=32, fold=2), Format(4, group=32, fold=2)),
+    DecodeSpec("kivi2_g4", *_LONG, Format(2, block=32, fold=4), Format(2, group=32, fold=4)),
+    DecodeSpec("rotated_int4_g4", *_LONG, Format(4, fold=2, rotated=True), INT4),
+    DecodeSpec("ragged_int8_s32k", 4, 8, 4, 32768, 128, INT8, INT8, lengths=(32768, 100, 9000, 1)),
+    DecodeSpec("window_int8_g8", *_WIDE, INT8, INT8, window=1024),
+    DecodeSpec("chosen_pages_int4", *_LONG, INT4, INT4, page=512),
+    DecodeSpec("packed_pool_int8", *_LONG, INT8, INT8, page=512, pool="joint", lengths=(4096, 1000)),
+    DecodeSpec("one_joint_head_bf16", 8, 16, 1, 4096, 128, Format(16, shared=True), Format(16, shared=True)),
+    DecodeSpec("two_heads_int4", 8, 2, 8, 4096, 128, INT4, INT4),
+)
+"""Workloads of real size, for the table of compiled kernels."""

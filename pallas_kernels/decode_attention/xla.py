@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from pallas_kernels.lanes import divisor_at_most
 from pallas_kernels.loader import Loader
 from pallas_kernels.logits import cap, finite_max, log_sum
+from pallas_kernels.pages import Pages, valid_slots
 
 LOGIT_BYTES = 1 << 23
 """Logits that are alive at once, unless those of `MIN_ROWS` queries are more."""
@@ -36,7 +37,9 @@ def run(
     keys: Loader,
     values: Loader,
     *,
-    valid: jax.Array,
+    lengths: jax.Array | None = None,
+    valid: jax.Array | None = None,
+    pages: Pages | None = None,
     positions: jax.Array | None,
     query_positions: jax.Array | None,
     window: int | None,
@@ -46,6 +49,9 @@ def run(
     return_logits: bool,
 ) -> tuple[jax.Array, ...]:
     """See `api.decode_attention`."""
+    if pages is not None:
+        keys, values = pages.gather(keys), pages.gather(values)
+    valid = valid_slots(q.shape[0], keys.count, lengths, valid)
 
     def attend(q: jax.Array, query_positions: jax.Array | None) -> tuple[jax.Array, ...]:
         logits = cap(_dot(keys, q), softcap)
@@ -91,44 +97,47 @@ def _by_rows(
 
 def _dot(loader: Loader, q: jax.Array) -> jax.Array:
     """f32 [B, K, R, S]: inner products of q [B, K, R, H] with all slots."""
-    lanes, loader, rows = _arrange(loader, q)
+    queries, bias = loader.to_core(q)
+    lanes, loader, rows = _arrange(loader.core, queries)
     if loader.reads_in_place:
         logits = loader.dot(rows)
     else:
         logits = _by_chunk(loader, lanes, rows, lambda part, own, at: part.dot(own), _concatenated)
-    return logits.reshape(*q.shape[:3], -1)
+    return logits.reshape(*q.shape[:3], -1) + bias
 
 
 def _mix(loader: Loader, weights: jax.Array, valid: jax.Array) -> jax.Array:
     """f32 [B, K, R, H]: all slots summed with weights [B, K, R, S]; valid is bool [B, K or 1, S]."""
-    lanes, arranged, rows = _arrange(loader, weights)
+    core = loader.core
+    lanes, arranged, rows = _arrange(core, weights)
 
     def masked() -> jax.Array:
         # Arranged anew: XLA gives what enters a branch a layout of its own, and would copy the arranged slots.
-        _, arranged, rows = _arrange(loader, weights)
+        _, arranged, rows = _arrange(core, weights)
         seen = _arrange_valid(valid, weights.shape[1], lanes)
         return _by_chunk(arranged, lanes, (rows, seen), lambda part, own, at: part.mix(at(own[0]), at(own[1])), _summed)
 
-    if loader.reads_in_place:
+    if core.reads_in_place:
         # Leaving slots out costs a copy of all values. It matters only where an invalid slot holds a NaN or an
         # infinity, and then the plain sum shows it, because 0 times either is NaN.
         plain = arranged.mix(rows, None)
         out = jax.lax.cond(jnp.all(jnp.isfinite(plain)), lambda: plain, masked)
     else:
         out = masked()
-    return out.reshape(*weights.shape[:3], -1)
+    return loader.from_core(out.reshape(*weights.shape[:3], -1), jnp.sum(weights, axis=-1, keepdims=True))
 
 
 def _arrange(loader: Loader, rows: jax.Array) -> tuple[tuple[int, ...], Loader, jax.Array]:
     """The problem in lanes: their shape, the loader's slots [*lanes, n, ...] and `rows` [B, K, R, ...] in that form.
 
     Nothing is shared by heads: each (row, head) is a lane. Everything is: rows are lanes, and the heads' queries
-    become queries of one head. Something is: (B, K), and what is shared keeps a head axis of 1. Elsewhere there is no
-    axis of size 1, because XLA may choose another layout around one and then copies.
+    become queries of one head. Something is, or heads have leaves of their own (`per_head`): (B, K), and what is shared
+    keeps a head axis of 1. Elsewhere there is no axis of size 1, because XLA may choose another layout around one and
+    then copies.
     """
     batch, heads = rows.shape[:2]
     shared = {leaf.shape[1] == 1 for leaf in jax.tree.leaves(loader.slots)}
-    if len(shared) == 2:
+    if len(shared) == 2 or any(leaf.shape[0] > 1 for leaf in jax.tree.leaves(loader.per_head)):
         return (batch, heads), loader, rows
     lanes = (batch,) if shared == {True} else (batch * heads,)
     slots = jax.tree.map(lambda x: x.reshape(*lanes, *x.shape[2:]), loader.slots)

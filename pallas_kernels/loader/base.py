@@ -3,8 +3,16 @@
 A loader is a pytree. Its *slots* are the leaves that grow with the number of tokens. They lead with [..., n], n
 entries for the S slots in their order: one per slot, one per block of `block` slots (M of them), or one per row of
 `Rows`. [...] is [B, K or 1] where a user makes one (head axis 1 = shared by all kv heads). Everything else in a
-loader is shared by all slots. An implementation cuts rows, heads and runs of `granularity` blocks out of `slots` and
-reads what is left: `with_slots(cut).dot(queries)`. S = M · block everywhere.
+loader is shared by all slots and rows; what differs among heads (`per_head`) leads with [K or 1]. An implementation
+cuts rows, heads and runs of `granularity` blocks out of `slots` and reads what is left:
+`with_slots(cut).dot(queries)`. S = M · block everywhere.
+
+Some formats store other channels than attention sees: scaled ones, or a few from which many are made. Such a map is
+linear, so it can be applied to the queries and to the sums instead of the slots. Implementations read the `core`, whose
+channels are the stored ones:
+
+    queries, bias = loader.to_core(queries);  dot = loader.core.dot(queries) + bias
+    mix = loader.from_core(loader.core.mix(weights, valid), total=sum of the weights)
 """
 
 from __future__ import annotations
@@ -53,6 +61,27 @@ class Loader(abc.ABC):
     @abc.abstractmethod
     def decode(self) -> jax.Array:
         """f32 [..., S, H]."""
+
+    @property
+    def per_head(self) -> PyTree:
+        """The leaves [K or 1, ...] that belong to heads and are needed to read `slots`; None where there are none."""
+        return None
+
+    @property
+    def core(self) -> Loader:
+        """The loader of the stored channels; itself, where these are the channels that attention sees."""
+        return self
+
+    def to_core(self, queries: jax.Array) -> tuple[jax.Array, jax.Array | float]:
+        """For queries f32 [..., K, R, H]: those of the core, [..., K, R, C], and what each adds to all its products.
+
+        The second is f32 [..., K, R, 1] or 0.
+        """
+        return queries, 0.0
+
+    def from_core(self, sums: jax.Array, total: jax.Array) -> jax.Array:
+        """f32 [..., K, R, H] from the core's sums [..., K, R, C]; total [..., K, R, 1] is the sum of the weights."""
+        return sums
 
     @property
     def granularity(self) -> int:

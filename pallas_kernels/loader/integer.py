@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.loader.base import Loader, PyTree, dot, mix, static
-from pallas_kernels.packing import unpack_planes
+from pallas_kernels.packing import LOW_BITS, join_planes
 from pallas_kernels.rows import Rows, tile
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class IntegerLoader(Loader):
-    """Packed codes of 8, 4 or 2 bits with affine scales: x = code * scale + zero.
+    """Packed codes of 8, 4, 3 or 2 bits with affine scales: x = code * scale + zero.
 
     Attributes:
-      codes: rows of H·bits/8 uint8 per slot, planes as in `packing`.
+      codes: rows of H·bits/8 uint8 per slot, planes as in `packing`; of 3 bits, the low 2.
       scale: floating. Per slot (size 1): C arrays [..., S], one for each of C groups of H/C neighbouring channels. Per
         block (size > 1): one array [..., M, H].
       zero: as `scale`; None for symmetric codes, whose zero is -2**(bits - 1) * scale.
       bits: bits per code.
       size: slots per block.
+      high: rows of H/8 uint8 per slot, the high bits of codes of 3 bits; None for others.
     """
 
     codes: Rows
@@ -31,6 +33,7 @@ class IntegerLoader(Loader):
     zero: tuple[jax.Array, ...] | None
     bits: int = static()
     size: int = static()
+    high: Rows | None = None
 
     @property
     def block(self) -> int:
@@ -38,22 +41,25 @@ class IntegerLoader(Loader):
 
     @property
     def head_dim(self) -> int:
-        return self.codes.width * 8 // self.bits
+        return self.codes.width * 8 // LOW_BITS[self.bits]
 
     @property
     def granularity(self) -> int:
-        return max(1, tile(self.codes.fold) // self.size)
+        return (
+            math.lcm(self.size, *(tile(rows.fold) for rows in (self.codes, self.high) if rows is not None)) // self.size
+        )
 
     @property
     def slots(self) -> PyTree:
-        return self.codes, self.scale, self.zero
+        return self.codes, self.scale, self.zero, self.high
 
     @property
     def count(self) -> int:
         return self.codes.slots
 
     def with_slots(self, slots: PyTree) -> IntegerLoader:
-        return IntegerLoader(*slots, bits=self.bits, size=self.size)
+        codes, scale, zero, high = slots
+        return IntegerLoader(codes, scale, zero, self.bits, self.size, high)
 
     def decode(self) -> jax.Array:
         return jnp.concatenate(self._planes(), axis=-1)
@@ -80,16 +86,19 @@ class IntegerLoader(Loader):
             scale, zero = (jnp.where(seen[..., None], x, 0.0) for x in (scale, zero))
         group = self.head_dim // scale.shape[-1]
         scale, zero = (jnp.repeat(x, group, axis=-1) if x.shape[-1] > 1 else x for x in (scale, zero))
-        codes, width = self.codes.natural(), self.codes.width
-        codes = codes.reshape(*codes.shape[:-2], codes.shape[-2] // self.block, self.block, width)
+        width = self.codes.width
+        high = None if self.high is None else self._blocks(self.high)
+        planes = join_planes(self._blocks(self.codes), high, self.bits)
 
         def cut(x: jax.Array, index: int) -> jax.Array:
             return x if x.shape[-1] == 1 else x[..., index * width : (index + 1) * width]
 
-        decoded = [
-            p.astype(jnp.float32) * cut(scale, i) + cut(zero, i) for i, p in enumerate(unpack_planes(codes, self.bits))
-        ]
-        return [_flat(x) for x in decoded]
+        return [_flat(p.astype(jnp.float32) * cut(scale, i) + cut(zero, i)) for i, p in enumerate(planes)]
+
+    def _blocks(self, rows: Rows) -> jax.Array:
+        """[..., M, block, width]."""
+        x = rows.natural()
+        return x.reshape(*x.shape[:-2], x.shape[-2] // self.block, self.block, rows.width)
 
     def _affine(self, parts: tuple[jax.Array, ...]) -> jax.Array:
         """f32 [..., M, 1, C], C = H per block."""

@@ -42,6 +42,10 @@ class RotatedLoader(Loader):
         return self.inner.slots, self.positions
 
     @property
+    def per_head(self) -> PyTree:
+        return self.inner.per_head
+
+    @property
     def count(self) -> int:
         return self.inner.count
 

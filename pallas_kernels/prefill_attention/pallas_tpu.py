@@ -1,107 +1,130 @@
-"""`prefill_attention` for TPU: flash attention with a recomputing backward pass, as Pallas kernels.
+"""`prefill_attention` for TPU as Pallas kernels, with a recomputing backward pass.
 
-Algorithm: Dao, 2023 (arXiv:2307.08691). Products run in the dtype of the inputs (float32 inputs at full precision,
-bfloat16 inputs with probabilities rounded to bfloat16) and accumulate in float32; exponentials are base 2.
+Products run in the dtype of the inputs (float32 inputs at full precision; with bfloat16 inputs probabilities are
+rounded to bfloat16 before they meet values) and accumulate in float32; exponentials are base 2.
 """
 
 from __future__ import annotations
 
-import functools
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.prefill_attention.tile import LANES, LOG2E, Tiles, dot, to_columns, to_rows, wide
+from pallas_kernels.prefill_attention import xla
+from pallas_kernels.prefill_attention.pallas_tpu_backward import backward
+from pallas_kernels.prefill_attention.pallas_tpu_forward import forward
+from pallas_kernels.prefill_attention.walk import Tiles
 
-LOWEST = -1e30
-"""Where a running maximum starts: finite, so that exp2(masked - maximum) is exp2(-inf), never exp2(-inf + inf)."""
-
-
-def run(q, k, v, *, valid, window, scale, softcap, temperature=None):
-    tiles = Tiles.of(q.shape, window, scale, softcap)
-    batch, heads, group, tokens, dim = q.shape
-    split = (batch, heads * tiles.splits, tiles.groups, tokens)
-    lengths = valid.sum(-1, dtype=jnp.int32)
-    out, lse = forward(tiles, q.reshape(*split, dim), k, v, lengths, temperature)
-    return out.reshape(q.shape), lse.reshape(q.shape[:-1])
+MAX_DIM = 256
+MAX_STEPS = 3 << 16
+"""Tiles per head in the list that steers the copies: an int32 each, in 1 MiB of scalar memory."""
 
 
-def forward(tiles: Tiles, q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array, temperature: jax.Array | None):
-    batch, heads = q.shape[:2]
-    major, minor = tiles.walk("query")
+def run(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    valid: jax.Array,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+    temperature: jax.Array | None = None,
+    selection: tuple[jax.Array, jax.Array] | None = None,
+) -> tuple[jax.Array, ...]:
+    """See `api.prefill_attention`.
 
-    def last(length, size):
-        return jnp.maximum(length - 1, 0) // size
-
-    def query_map(b, n, s, major, minor, lengths):
-        return b, n, 0, jnp.minimum(major[s + 1], last(lengths[b], tiles.queries)), 0
-
-    def out_map(b, n, s, major, minor, lengths):
-        return b, n, 0, major[s + 1], 0
-
-    def key_map(b, n, s, major, minor, lengths):
-        return b, n // tiles.splits, jnp.minimum(minor[s], last(lengths[b], tiles.keys)), 0
-
-    queries = (None, None, tiles.groups, tiles.queries, tiles.dim)
-    keys = pl.BlockSpec((None, None, tiles.keys, tiles.dim), key_map)
-    wide_scratch = [pltpu.VMEM((tiles.rows, LANES), jnp.float32)] * 2
-    return pl.pallas_call(
-        functools.partial(_kernel, tiles),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=3,
-            grid=(batch, heads, len(minor)),
-            in_specs=[pl.BlockSpec(queries, query_map), keys, keys],
-            out_specs=[pl.BlockSpec(queries, out_map), pl.BlockSpec(queries[:-1], lambda *a: out_map(*a)[:-1])],
-            scratch_shapes=[pltpu.VMEM((tiles.rows, tiles.dim), jnp.float32), *wide_scratch],
-        ),
-        out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(q.shape[:-1], jnp.float32)],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
-        name="prefill_attention",
-    )(jnp.asarray(major), jnp.asarray(minor), lengths, q, k, v)
+    Raises:
+      NotImplementedError: a dtype other than float32 and bfloat16, or mixed ones; H above 256; so many tokens that the
+        list of tiles outgrows scalar memory.
+    """
+    tiles = Tiles.of(q, window, scale, softcap)
+    _check(tiles, q, k, v, *(selection or ()))
+    if temperature is not None:
+        factors = temperature[:, None, None] if temperature.ndim == 2 else temperature
+        temperature = jnp.broadcast_to(factors.astype(jnp.float32), q.shape[:4])
+    if selection is None:
+        return _attend(tiles, q, k, v, temperature, valid)  # pyright: ignore[reportGeneralTypeIssues]
+    return _select(tiles, q, k, v, temperature, valid, selection)  # pyright: ignore[reportGeneralTypeIssues]
 
 
-def _kernel(tiles, major, minor, lengths, q_ref, k_ref, v_ref, out_ref, lse_ref, acc, top, total):
-    b, s = pl.program_id(0), pl.program_id(2)
-    i, j, length = major[s + 1], minor[s], lengths[b]
+def _check(tiles: Tiles, *arrays: jax.Array) -> None:
+    dtypes = {str(x.dtype) for x in arrays}
+    if dtypes not in ({"float32"}, {"bfloat16"}):
+        raise NotImplementedError(f"takes float32 or bfloat16 throughout, not {', '.join(sorted(dtypes))}")
+    if tiles.dim > MAX_DIM:
+        raise NotImplementedError(f"head_dim {tiles.dim} is above {MAX_DIM}")
+    steps = len(tiles.backward.walk("key"))
+    if steps > MAX_STEPS:
+        raise NotImplementedError(f"{tiles.tokens} tokens need {steps} tiles per head; at most {MAX_STEPS}")
 
-    @pl.when(major[s] != i)
-    def _():
-        acc[...] = jnp.zeros_like(acc)
-        top[...] = jnp.full_like(top, LOWEST)
-        total[...] = jnp.zeros_like(total)
 
-    def step(masked):
-        q = q_ref[...].reshape(tiles.rows, tiles.dim)
-        logits = dot(q, k_ref[...], transposed=True)
-        if tiles.softcap is None:
-            logits = logits * (tiles.scale * LOG2E)
-        else:
-            logits = jnp.tanh(logits * (tiles.scale / tiles.softcap)) * (tiles.softcap * LOG2E)
-        values = v_ref[...]
-        if masked:
-            query, key = tiles.query_index(i, (tiles.rows, 1)), tiles.key_index(j, (1, tiles.keys))
-            logits = jnp.where(tiles.sees(query, key, length), logits, -jnp.inf)
-            values = jnp.where(tiles.key_index(j, (tiles.keys, 1)) < length, values, 0)
-        old = top[...]
-        new = jnp.maximum(old, jnp.max(logits, axis=1, keepdims=True))
-        weights = jnp.exp2(logits - wide(new, tiles.keys))
-        fade = jnp.exp2(old - new)
-        top[...] = new
-        total[...] = total[...] * fade + sum(weights[:, c : c + LANES] for c in range(0, tiles.keys, LANES))
-        acc[...] = acc[...] * wide(fade, tiles.dim) + dot(weights.astype(values.dtype), values)
+def _heads(tiles: Tiles, x: Any) -> Any:
+    """[B, K, G, T, ...] -> [B, N, groups, T, ...]; None stays."""
+    return None if x is None else x.reshape(x.shape[0], -1, tiles.groups, *x.shape[3:])
 
-    live, edge = tiles.live(i, j, length), tiles.edge(i, j, length)
-    pl.when(live & edge)(lambda: step(True))
-    pl.when(live & ~edge)(lambda: step(False))
 
-    @pl.when(major[s + 2] != i)
-    def _():
-        norm = jnp.sum(total[...], axis=1, keepdims=True)
-        real = (tiles.query_index(i, (tiles.rows, 1)) < length) & (norm > 0)
-        safe = jnp.where(real, norm, 1.0)
-        out = jnp.where(real, acc[...] / safe, 0.0)
-        out_ref[...] = out.astype(out_ref.dtype).reshape(out_ref.shape)
-        to_rows(lse_ref, jnp.where(real, top[...] / LOG2E + jnp.log(safe), -jnp.inf))
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(
+    tiles: Tiles, q: jax.Array, k: jax.Array, v: jax.Array, temperature: jax.Array | None, valid: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    lengths = jnp.sum(valid, axis=1, dtype=jnp.int32)
+    out, lse = forward(tiles, _heads(tiles, q), k, v, _heads(tiles, temperature), lengths)
+    return out.reshape(q.shape), lse.reshape(q.shape[:4])
+
+
+def _attend_forward(tiles: Tiles, *args: Any):
+    out, lse = _attend(tiles, *args)  # pyright: ignore
+    return (out, lse), (*args, out, lse)
+
+
+def _attend_backward(tiles: Tiles, saved: tuple[Any, ...], cotangents: tuple[jax.Array, jax.Array]):
+    q, k, v, temperature, valid, out, lse = saved
+    dout, dlse = cotangents
+    lengths = jnp.sum(valid, axis=1, dtype=jnp.int32)
+    shift = dlse - jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+    split = [_heads(tiles, x) for x in (q, temperature, lse, shift, dout)]
+    dq, dk, dv, dtemperature = backward(tiles, split[0], k, v, split[1], lengths, *split[2:])
+    if dtemperature is not None:
+        dtemperature = dtemperature.reshape(temperature.shape)
+    return dq.reshape(q.shape), dk, dv, dtemperature, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _select(
+    tiles: Tiles,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    temperature: jax.Array | None,
+    valid: jax.Array,
+    selection: tuple[jax.Array, jax.Array],
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    lengths = jnp.sum(valid, axis=1, dtype=jnp.int32)
+    out, lse, hidden = forward(tiles, _heads(tiles, q), k, v, _heads(tiles, temperature), lengths, selection)
+    share = hidden.shape[1] // selection[0].shape[1]
+    return out.reshape(q.shape), lse.reshape(q.shape[:4]), hidden[:, ::share]
+
+
+def _select_forward(tiles: Tiles, *args: Any):
+    return _select(tiles, *args), args  # pyright: ignore[reportGeneralTypeIssues]
+
+
+def _select_backward(tiles: Tiles, args: tuple[Any, ...], cotangents: tuple[jax.Array, ...]):
+    """What a token hides depends on all tokens behind it; the XLA form has that recurrence, in reverse, already."""
+    *arrays, valid, selection = args
+    static = {"window": tiles.window, "scale": tiles.scale, "softcap": tiles.softcap}
+
+    def form(q: jax.Array, k: jax.Array, v: jax.Array, temperature: Any, selection: Any) -> tuple[jax.Array, ...]:
+        return xla.run(q, k, v, valid=valid, temperature=temperature, selection=selection, **static)
+
+    *grads, dselection = jax.vjp(form, *arrays, selection)[1](cotangents)
+    return *grads, None, dselection
+
+
+_select.defvjp(_select_forward, _select_backward)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,13 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class PrefillSpec:
-    """One workload; letters as in the glossary, `lengths` counts the valid tokens of each row (None: all)."""
+    """One workload; letters as in the glossary.
+
+    Attributes:
+      lengths: valid tokens of each row (None: all).
+      temperature: whether it is given, per "token" [B, T] or per "head" and token [B, K, G, T].
+      selection: J, the number of matrices by which tokens hide others; 0 for none. The first token is protected.
+    """
 
     name: str
     batch: int
@@ -23,26 +29,39 @@ class PrefillSpec:
     window: int | None = None
     softcap: float | None = None
     lengths: tuple[int, ...] | None = None
+    temperature: Literal["token", "head"] | None = None
+    selection: int = 0
 
     @property
     def static(self) -> dict[str, Any]:
         return {"window": self.window, "scale": self.head_dim**-0.5, "softcap": self.softcap}
 
-    def abstract(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Shapes only: (args, kwargs) of the op."""
-        dtype = jnp.dtype(self.dtype)
-        kv = jax.ShapeDtypeStruct((self.batch, self.kv_heads, self.tokens, self.head_dim), dtype)
-        shape = (self.batch, self.kv_heads, self.groups, self.tokens, self.head_dim)
-        valid = jax.ShapeDtypeStruct((self.batch, self.tokens), jnp.bool_)
-        return (jax.ShapeDtypeStruct(shape, dtype), kv, kv), {"valid": valid, **self.static}
+    def arrays(self, seed: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Random arrays, positional and by name."""
+        keys = iter(jax.random.split(jax.random.key(seed), 6))
+        row, grouped = (self.batch, self.tokens), (self.batch, self.kv_heads, self.groups, self.tokens)
+        kv = (self.batch, self.kv_heads, self.tokens, self.head_dim)
+        q, k, v = (jax.random.normal(next(keys), x, self.dtype) for x in ((*grouped, self.head_dim), kv, kv))
+        lengths = jnp.asarray(self.lengths or (self.tokens,) * self.batch)
+        named: dict[str, Any] = {"valid": jnp.arange(self.tokens) < lengths[:, None]}
+        if self.temperature is not None:
+            shape = row if self.temperature == "token" else grouped
+            named["temperature"] = jax.random.uniform(next(keys), shape, minval=0.5, maxval=1.5)
+        if self.selection:
+            shape = (self.batch, self.selection, self.tokens, self.head_dim)
+            choosers, chosen = (jax.random.normal(next(keys), shape, self.dtype) for _ in range(2))
+            named["selection"] = (choosers, chosen.at[:, :, 0].set(0))
+        return (q, k, v), named
 
     def arguments(self, seed: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Random (args, kwargs) of the op."""
-        args, kwargs = self.abstract()
-        keys = jax.random.split(jax.random.key(seed), len(args))
-        lengths = jnp.asarray(self.lengths or (self.tokens,) * self.batch)
-        kwargs["valid"] = jnp.arange(self.tokens) < lengths[:, None]
-        return tuple(jax.random.normal(k, a.shape, a.dtype) for k, a in zip(keys, args, strict=True)), kwargs
+        args, kwargs = self.arrays(seed)
+        return args, {**kwargs, **self.static}
+
+    def abstract(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Shapes only: (args, kwargs) of the op."""
+        args, kwargs = jax.eval_shape(self.arrays)
+        return args, {**kwargs, **self.static}
 
 
 SPECS = (
@@ -56,4 +75,7 @@ SPECS = (
     PrefillSpec("softcap", 2, 2, 2, 130, 128, softcap=5.0),
     PrefillSpec("bfloat16", 2, 2, 4, 257, 128, dtype="bfloat16", lengths=(257, 100)),
     PrefillSpec("llama_8b", 1, 8, 4, 512, 128, dtype="bfloat16"),
+    PrefillSpec("temperature", 2, 2, 2, 150, 64, lengths=(150, 90), softcap=8.0, temperature="head"),
+    PrefillSpec("selective", 2, 2, 3, 150, 32, lengths=(150, 90), window=60, selection=1),
+    PrefillSpec("selective_by_head", 1, 2, 1, 130, 64, temperature="token", selection=2),
 )

@@ -9,7 +9,7 @@ import kvjax.cache.budget
 import kvjax.cache.codec
 import kvjax.cache.policy
 from kvjax.cache.budget import Budget, Full, Uniform
-from kvjax.cache.codec import Codec, Identity, Integer
+from kvjax.cache.codec import Codec, Float8, Identity, Integer
 from kvjax.cache.layout import ring_slots
 from kvjax.cache.method import CacheMethod
 from kvjax.cache.methods import parse
@@ -28,6 +28,8 @@ CODECS: dict[str, Codec] = {
     "identity": Identity(),
     "int8": Integer(bits=8, axis="token", group=None, symmetric=False),
     "int4-symmetric": Integer(bits=4, axis="token", group=16, symmetric=True),
+    "fp8": Float8(format="e4m3", scale="token"),
+    "int3": Integer(bits=3, axis="token", group=16, symmetric=False),
     "int2": Integer(bits=2, axis="token", group=32, symmetric=False),
     "int4-channel": Integer(bits=4, axis="channel", group=8, symmetric=False),
     "int2-channel-symmetric": Integer(bits=2, axis="channel", group=16, symmetric=True),
@@ -50,7 +52,9 @@ NAMED = (
     "kivi-4:residual=16,group=16",
     "kivi-2:residual=32",
     "int8",
+    "fp8",
     "int4",
+    "int3",
     "int2",
 )
 COMPOSED = (

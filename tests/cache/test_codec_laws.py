@@ -9,28 +9,31 @@ from typing import Any
 import hypothesis.extra.numpy as numpy_strategies
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import kvjax.cache.codec
-from kvjax.cache.codec import Codec, Identity, Integer
-from kvjax.cache.codec.integer import LIMIT
+from kvjax.cache.codec import Codec, Float8, Identity, Integer
+from kvjax.cache.codec.scale import LIMIT
 from kvjax.errors import UsageError
 from tests.cache.cases import CODECS
 
 HEAD_DIM = 32
-SHARED = (("token", None), ("token", 8), ("channel", None), ("channel", 4))
+SHARED: tuple[tuple[Any, int | None], ...] = (("token", None), ("token", 8), ("channel", None), ("channel", 4))
 INTEGERS = {
     f"{axis}-{bits}{'-symmetric' * symmetric}-{group}": Integer(bits, axis, group, symmetric)
     for (bits, symmetric), (axis, group) in [
         *itertools.product([(8, False), (4, True)], SHARED),
         *itertools.product([(8, True), (4, False)], SHARED[1:3]),
         *itertools.product([(2, False), (2, True)], SHARED[::3]),
+        *itertools.product([(3, False), (3, True)], SHARED[::2]),
     ]
 }
-ALL: dict[str, Codec] = {**CODECS, **INTEGERS}
+FLOATS = {f"{format}-{scale}": Float8(format, scale) for format in ("e4m3", "e5m2") for scale in ("token", "none")}
+ALL: dict[str, Codec] = {**CODECS, **INTEGERS, **FLOATS}
 
 HUGE = float(np.float32(3e38))
 TINY = float(np.finfo(np.float32).smallest_subnormal)
@@ -65,13 +68,14 @@ def jitted(codec: Codec) -> Any:
 
 
 def check(codec: Codec, x: np.ndarray) -> None:
-    """x f32 [..., S, H], finite: decodes to finite values within the bound; beyond LIMIT a coded value saturates."""
+    """x f32 [..., S, H], finite: decodes to finite values within the bound; beyond a codec's limit they saturate."""
     _, decoded, stated = jitted(codec)(x)
     got = np.asarray(decoded, np.float64)
     assert got.shape == x.shape and decoded.dtype == jnp.float32
     assert np.isfinite(got).all()
     allowed = np.asarray(stated, np.float64)
-    inside = x.astype(np.float64) if codec == Identity() else np.clip(x.astype(np.float64), -LIMIT, LIMIT)
+    limit = np.inf if codec == Identity() else getattr(codec, "limit", LIMIT)
+    inside = np.clip(x.astype(np.float64), -limit, limit)
     excess = np.abs(got - inside) - allowed
     assert (excess <= 0).all(), (
         f"error {np.abs(got - inside).flat[excess.argmax()]:.3g} beyond {allowed.flat[excess.argmax()]:.3g}"
@@ -201,6 +205,9 @@ def test_an_empty_store_is_zeros_of_the_layout_of_a_full_one(name: str, dtype: s
         (Integer(8, symmetric=True), 8 + 16 / 128),
         (Integer(4, "token", 32), 4 + 1),
         (Integer(2, "channel"), 2 + 1),
+        (Integer(3, "token", 32), 3 + 1),
+        (Float8(), 8 + 16 / 128),
+        (Float8("e5m2", "none"), 8),
         (Integer(4, "channel", 64, symmetric=True), 4 + 16 / 64),
     ],
     ids=str,
@@ -209,10 +216,33 @@ def test_bits_count_the_scales(codec: Codec, expected: float) -> None:
     assert codec.bits_per_element(128, jnp.dtype("bfloat16")) == expected
 
 
+@pytest.mark.parametrize("name", FLOATS)
+def test_float8_is_the_nearest_number(name: str) -> None:
+    """Against all numbers of the format, and no worse than the bound says; infinities saturate and NaN becomes 0."""
+    codec = FLOATS[name]
+    rng = np.random.default_rng(4)
+    x = (rng.normal(size=(64, HEAD_DIM)) * np.exp(4 * rng.normal(size=(64, HEAD_DIM)))).astype(np.float32)
+    x[0, :3] = np.nan, np.inf, -np.inf
+    store, decoded, allowed = jitted(codec)(x)
+    kind = {"e4m3": ml_dtypes.float8_e4m3fn, "e5m2": ml_dtypes.float8_e5m2}[codec.format]
+    every = np.arange(256, dtype=np.uint8).view(kind).astype(np.float64)
+    every = np.sort(every[np.isfinite(every)])
+    scale = np.ones((64, 1)) if store.scale is None else np.asarray(store.scale, np.float64)[:, None]
+    decoded = np.asarray(decoded, np.float64)
+    top = every[-1] * scale
+    reach = min(np.abs(x[0, 3:]).max(), codec.limit)
+    assert decoded[0, 0] == 0 and decoded[0, 1] == -decoded[0, 2] == top[0, 0]
+    assert reach * (1 - 2**-20) <= top[0, 0] <= reach * 1.01 or codec.scale == "none"
+    error = np.abs(decoded - np.clip(x, -top, top))[1:]
+    nearest = np.abs(np.clip(x, -top, top)[..., None] - every * scale[..., None]).min(axis=-1)[1:]
+    assert (error <= nearest * (1 + 1e-5) + 2e-7 * np.abs(x[1:])).all()
+    assert 0.9 < (error / np.asarray(allowed, np.float64)[1:]).max() <= 1
+
+
 @pytest.mark.parametrize("name", [n for n, c in INTEGERS.items() if c.symmetric and c.bits < 8])
 @given(seed=st.integers(0, 2**16), spread=st.floats(0, 20))
 def test_encoding_again_changes_nothing(name: str, seed: int, spread: float) -> None:
-    """Where the largest code is always in use: symmetric codes of 4 and 2 bits."""
+    """Where the largest code is always in use: symmetric codes of 4, 3 and 2 bits."""
     codec = INTEGERS[name]
     rng = np.random.default_rng(seed)
     x = (rng.normal(size=(2, 32, HEAD_DIM)) * np.exp(spread * rng.normal(size=(2, 32, 1)))).astype(np.float32)
@@ -245,7 +275,10 @@ def test_codecs_are_values() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Integer(3), "8, 4, 2 bits; got bits=3"),
+        (lambda: Integer(5), "8, 4, 3, 2 bits; got bits=5"),
+        (lambda: Integer(3).validate(36), "codes of 3 bits .* multiple of 8; head_dim is 36"),
+        (lambda: Float8("e4m4"), "unknown format of Float8 'e4m4'. Did you mean 'e4m3'"),  # type: ignore[arg-type]
+        (lambda: Float8(scale="tokens"), "unknown scale of Float8 'tokens'. Did you mean 'token'"),  # type: ignore[arg-type]
         (lambda: Integer(axis="tokens"), "unknown axis of Integer 'tokens'. Did you mean 'token'"),  # type: ignore[arg-type]
         (lambda: Integer(group=0), "at least 1 element.*group=0"),
         (lambda: Integer(group=2.5), "group=2.5"),  # type: ignore[arg-type]

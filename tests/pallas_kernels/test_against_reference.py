@@ -27,6 +27,7 @@ SPECS = {
 CASES = [
     pytest.param(op, implementation, spec, id=f"{op.name}-{implementation.name}-{spec.name}")
     for op in OPS
+    if op.name in SPECS  # cache_update moves bits, for which there is no tolerance: test_cache_update
     for implementation in op.implementations
     if implementation.name != "reference" and implementation.declines("cpu") is None
     for spec in SPECS[op.name]

@@ -185,7 +185,7 @@ def entry(document: dict[str, Any]) -> dict[str, Any]:
         (lambda d: d["layers"][0].update(dtype="object"), ("dimensions",)),
         (lambda d: d["layers"][0].update(max_length=10**40), ("dimensions",)),
         (lambda d: d["method"]["budget"].update(tokens_kept=20), ("layers.0.body",)),
-        (lambda d: d["method"]["budget"].update(tokens_kept=2**62), ("cannot have these dimensions",)),
+        (lambda d: d["method"]["budget"].update(tokens_kept=2**62), ("does not belong to this cache",)),
         (lambda d: d["method"].update(sinks=60), ("budget",)),
     ],
 )

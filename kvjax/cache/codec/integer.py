@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from kvjax.cache.codec.base import Codec
+from kvjax.cache.codec.scale import LIMIT, least_scale, round_down
 from kvjax.errors import UsageError, unknown
 from kvjax.typing import Array
 from pallas_kernels.loader import IntegerLoader
-from pallas_kernels.packing import WIDTHS, pack
+from pallas_kernels.packing import LOW_BITS, split
 from pallas_kernels.rows import Rows
-
-LIMIT = 2.0**126
-"""Largest magnitude that is coded; what lies beyond saturates, so that no step of decoding overflows float32."""
-
-MIN_SCALE = 2.0**-125
-"""Smallest scale. Half of it is the least normal float32: to a machine that flushes subnormals what is smaller is 0."""
 
 
 @jax.tree_util.register_dataclass
@@ -28,31 +24,33 @@ class IntegerStore:
     """Packed codes and their scales, as `pallas_kernels.IntegerLoader` reads them.
 
     Attributes:
-      codes: H·bits/8 uint8 per token, packed in planes (`pallas_kernels.packing`).
+      codes: H·bits/8 uint8 per token, packed in planes (`pallas_kernels.packing`); of 3 bits, the low 2.
       scale: bfloat16. Axis 'token': one array [..., S] per group of neighbouring channels. Axis 'channel': one array
         [..., M, H].
       zero: as `scale`: the value of code 0; None for symmetric codes, where it is -2**(bits - 1) * scale.
+      high: H/8 uint8 per token, the high bits of codes of 3 bits; None for others.
     """
 
     codes: Rows
     scale: tuple[Array, ...]
     zero: tuple[Array, ...] | None
+    high: Rows | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Integer(Codec):
-    """x is kept as `code * scale + zero` with unsigned codes of 8, 4 or 2 bits, packed into bytes.
+    """x is kept as `code * scale + zero` with unsigned codes of 8, 4, 3 or 2 bits, packed into bytes.
 
     A scale group is the set of elements with one scale and zero. Both are stored in bfloat16, zero rounded down and
     scale rounded up so that the codes cover the group, and codes are computed from the stored pair: the error is at
     most `error_bound`, half the stored scale but for float32 rounding. Elements beyond ±`LIMIT` saturate. Elements
     that are not finite take no part in the scales and decode to a value inside their group's range.
 
-    Encoding what was decoded changes nothing for symmetric codes of 4 and 2 bits. Elsewhere the largest code need
+    Encoding what was decoded changes nothing for symmetric codes of 4, 3 and 2 bits. Elsewhere the largest code need
     not be in use, because of the rounded scale; then a second encoding may choose a finer scale.
 
     Attributes:
-      bits: 8, 4 or 2.
+      bits: 8, 4, 3 or 2.
       axis: 'token' gives each token a scale per `group` channels, in blocks of one token; 'channel' gives each
         channel a scale per `group` tokens, in blocks of `group` tokens.
       group: elements per scale; None means all channels of a head (axis 'token') or 32 tokens (axis 'channel').
@@ -68,8 +66,8 @@ class Integer(Codec):
     symmetric: bool = False
 
     def __post_init__(self) -> None:
-        if self.bits not in WIDTHS:
-            raise UsageError(f"Integer codes have {', '.join(map(str, WIDTHS))} bits; got bits={self.bits!r}.")
+        if self.bits not in LOW_BITS:
+            raise UsageError(f"Integer codes have {', '.join(map(str, LOW_BITS))} bits; got bits={self.bits!r}.")
         if self.axis not in ("token", "channel"):
             raise unknown("axis of Integer", self.axis, ("token", "channel"))
         if self.group is not None and (not isinstance(self.group, int) or self.group < 1):
@@ -82,10 +80,10 @@ class Integer(Codec):
         return 1 if self.axis == "token" else self.group or 32
 
     def validate(self, head_dim: int) -> None:
-        per_byte = 8 // self.bits
-        if head_dim % per_byte:
+        together = 8 // math.gcd(8, self.bits)
+        if head_dim % together:
             raise UsageError(
-                f"codes of {self.bits} bits fill whole bytes only if head_dim is a multiple of {per_byte}; "
+                f"codes of {self.bits} bits fill whole bytes only if head_dim is a multiple of {together}; "
                 f"head_dim is {head_dim}. Use more bits."
             )
         if head_dim % self._channels(head_dim):
@@ -113,11 +111,16 @@ class Integer(Codec):
         def parts(a: Array) -> tuple[Array, ...]:
             return tuple(jnp.moveaxis(a[..., 0, :, 0], -1, 0)) if self.axis == "token" else (a[..., 0, :, 0],)
 
-        packed = pack(codes.reshape(*lead, tokens, head_dim), self.bits)
-        return IntegerStore(Rows.of(packed), parts(scale), None if zero is None else parts(zero))
+        low, high = split(codes.reshape(*lead, tokens, head_dim), self.bits)
+        return IntegerStore(
+            Rows.of(low),
+            parts(scale),
+            None if zero is None else parts(zero),
+            None if high is None else Rows.of(high),
+        )
 
     def loader(self, store: IntegerStore) -> IntegerLoader:
-        return IntegerLoader(store.codes, store.scale, store.zero, self.bits, self.block)
+        return IntegerLoader(store.codes, store.scale, store.zero, self.bits, self.block, store.high)
 
     def error_bound(self, store: IntegerStore) -> Array:
         """f32 [..., S, H]: no element within ±`LIMIT` is further than this from what it decodes to.
@@ -131,7 +134,7 @@ class Integer(Codec):
 
     def _spread(self, parts: tuple[Array, ...], store: IntegerStore) -> Array:
         """f32 [..., S, H] of scales or zero points."""
-        head_dim = store.codes.width * 8 // self.bits
+        head_dim = self.loader(store).head_dim
         x = jnp.stack(parts, axis=-1) if self.axis == "token" else jnp.repeat(parts[0], self.block, axis=-2)
         return jnp.repeat(x.astype(jnp.float32), head_dim // x.shape[-1], axis=-1)
 
@@ -156,33 +159,6 @@ class Integer(Codec):
     def _scale(self, low: Array, high: Array) -> tuple[Array, Array | None]:
         """bfloat16 (scale, zero) whose codes cover [low, high]."""
         if self.symmetric:
-            return _least_scale(high / (2 ** (self.bits - 1) - 1)), None
-        zero = _round_down(low)
-        return _least_scale((high - zero.astype(jnp.float32)) / (2**self.bits - 1)), zero
-
-
-def _least_scale(step: Array) -> Array:
-    """The least bfloat16 scale that covers `step`, up to the float32 rounding in `step` itself.
-
-    Compilers turn a division by a constant into a product, so a step that should be a bfloat16 may be a bit above it;
-    without the slack it would be rounded up to the next one, and the codes would depend on the compiler.
-    """
-    return _round_up(jnp.maximum(step * (1.0 - 2.0**-22), MIN_SCALE))
-
-
-def _round_down(x: Array) -> Array:
-    """The largest bfloat16 that is at most `x` (float32, finite)."""
-    return _directed(x, away=jnp.signbit(x))
-
-
-def _round_up(x: Array) -> Array:
-    """The least bfloat16 that is at least `x` (float32, finite)."""
-    return _directed(x, away=~jnp.signbit(x))
-
-
-def _directed(x: Array, away: Array) -> Array:
-    """`x` cut to bfloat16, or the next bfloat16 away from 0 where that is inexact and `away` holds."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    inexact = (bits & 0xFFFF) != 0
-    cut = (bits >> 16) + (inexact & away).astype(jnp.uint32)
-    return jax.lax.bitcast_convert_type(cut.astype(jnp.uint16), jnp.bfloat16)
+            return least_scale(high / (2 ** (self.bits - 1) - 1)), None
+        zero = round_down(low)
+        return least_scale((high - zero.astype(jnp.float32)) / (2**self.bits - 1)), zero

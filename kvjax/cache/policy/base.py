@@ -65,7 +65,7 @@ class Prompt:
             index = jnp.maximum(query_positions, 0)[:, None, None]
             queries = jnp.take_along_axis(queries, index[..., None], axis=3)
             lse = jnp.take_along_axis(lse, index, axis=3)
-        return attention_mass(
+        masses = attention_mass(
             queries,
             self.keys,
             lse,
@@ -78,6 +78,8 @@ class Prompt:
             softcap=self.softcap,
             reduce=reduce,
         )
+        assert isinstance(masses, jax.Array)
+        return masses
 
 
 @jax.tree_util.register_dataclass

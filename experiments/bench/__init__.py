@@ -1,0 +1,1 @@
+"""What `experiments.bench_kernels` is made of: contests, who takes part, how they are timed and shown."""

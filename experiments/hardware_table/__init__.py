@@ -1,0 +1,1 @@
+"""What the kernels become on accelerators that this machine does not have, found by compiling for them."""

@@ -1,0 +1,1 @@
+"""An op with small kernels by which the hardware table is tested: it compiles, declines, fails and dies."""

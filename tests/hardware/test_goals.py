@@ -1,0 +1,60 @@
+"""What the kernels promise of their compiled form, held by the committed table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from experiments.hardware_table import golden, report
+from experiments.hardware_table.cell import cells, workload
+from experiments.hardware_table.golden import Key
+
+COMPILED = {key: row for key, row in golden.load().rows.items() if row["status"] == "ok"}
+DECODING = {key: row for key, row in COMPILED.items() if key[0] in ("decode_attention", "decode_step")}
+
+#: Most cycles per block, copies issued, in terms of the cycles that HBM needs for its bytes.
+RATIO = {("v5e", "int8"): 0.5, ("v5e", "int4"): 0.8, ("v6e", "int8"): 0.7, ("v6e", "int4"): 1.0}
+
+
+def rows(chosen: dict[Key, Any]) -> Any:
+    return pytest.mark.parametrize("key", chosen, ids=" ".join)
+
+
+def head_bytes(key: Key) -> int:
+    """What keys or values of one head take when they are decoded to 16 bits."""
+    op, spec, target = key
+    found = workload(next(cells((op,), (spec,), (target,)))).spec
+    return 2 * found.slots * found.head_dim
+
+
+@rows(COMPILED)
+def test_what_is_packed_is_stored_packed(key: Key) -> None:
+    """The chip's layout adds no more than the tiles of small arguments."""
+    row = COMPILED[key]
+    assert row["array_bytes"] <= row["argument_bytes"] <= 1.01 * row["array_bytes"]
+
+
+@rows(DECODING)
+def test_decoding_allocates_partial_results_and_little_else(key: Key) -> None:
+    row = DECODING[key]
+    assert row["temporary_bytes"] <= 2 * row["output_bytes"] + 0.02 * row["argument_bytes"]
+
+
+@rows(DECODING)
+def test_no_array_holds_a_decoded_head(key: Key) -> None:
+    assert DECODING[key]["intermediate_bytes"] < head_bytes(key)
+
+
+@pytest.mark.parametrize("group", [4, 8])
+@pytest.mark.parametrize(("target", "store"), RATIO)
+def test_decoding_is_bound_by_memory(target: str, store: str, group: int) -> None:
+    ratio = report.ratio(COMPILED["decode_attention", f"{store}_g{group}", target])
+    assert ratio is not None and ratio <= RATIO[target, store]
+
+
+@rows({key: row for key, row in COMPILED.items() if "registers" in row})
+def test_kernels_for_a_gpu_copy_in_the_background_and_spill_nothing(key: Key) -> None:
+    row = COMPILED[key]
+    assert row["spill_bytes"] == 0
+    assert row["bulk_copies"] > 0 and row["barriers"] >= 2
