@@ -154,7 +154,7 @@ def _record(entrant: Entrant, program: Program, laps: Laps, error: float | None)
 
 
 def memory_limit() -> int:
-    """Bytes that a contest may use on this process's device: 70 % of an accelerator, a quarter of a machine's memory."""
+    """Bytes that a contest may use here: 70 % of an accelerator's memory, a quarter of a machine's."""
     device = jax.devices()[0]
     if device.platform == "cpu":
         import os
