@@ -158,8 +158,6 @@ def memory_limit() -> int:
     """Bytes that a contest may use here: 70 % of an accelerator's memory, a quarter of a machine's."""
     device = jax.devices()[0]
     if device.platform == "cpu":
-        import os
-
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
     statistics = device.memory_stats() or {}
     return int(statistics.get("bytes_limit", 16 * 2**30) * 0.7)
