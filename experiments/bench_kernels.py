@@ -71,10 +71,11 @@ def main(config: Config) -> None:
     from rich.console import Console
 
     from experiments import record
-    from experiments.bench import plan, report
+    from experiments.bench import plan, report, sharded
     from experiments.bench.contest import hold, memory_limit
     from kvjax.progress import track
 
+    sharded.one_device_per_core()
     asked = config.batch or config.context or config.heads or config.head_dim
     chosen = plan.sizes(config.batch, config.context, config.heads, config.head_dim) if asked else []
     platform = jax.default_backend()

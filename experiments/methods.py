@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from kvjax.errors import UsageError
 
 if TYPE_CHECKING:
+    from kvjax.cache.layout import CacheDims
     from kvjax.cache.method import CacheMethod
 
 
@@ -20,9 +21,11 @@ class Config:
 
     Attributes:
       head_dim: the head dimension that bits per element are given for; scales are shared by that many channels.
+      kv_heads: kv heads of a layer, which some formats store together.
     """
 
     head_dim: int = 128
+    kv_heads: int = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,11 +46,13 @@ def main(config: Config) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from kvjax.cache.layout import CacheDims
     from kvjax.cache.methods import METHODS
 
-    if config.head_dim < 1:
-        raise UsageError(f"--head-dim is a number of channels, at least 1; got {config.head_dim}")
-    entries = [describe(name, build, config.head_dim) for name, build in METHODS.items()]
+    if config.head_dim < 1 or config.kv_heads < 1:
+        raise UsageError(f"--head-dim and --kv-heads are at least 1; got {config.head_dim} and {config.kv_heads}")
+    dims = CacheDims(1, config.kv_heads, config.kv_heads, config.head_dim, 1, 1)
+    entries = [describe(name, build, dims) for name, build in METHODS.items()]
     console = Console(highlight=False)
     for entry in entries:
         table = Table.grid(padding=(0, 1))
@@ -67,14 +72,11 @@ def main(config: Config) -> None:
     console.print(Text("compose them: snapkv:tokens=256+int4   random:share=25%   h2o:bytes=64KiB"))
 
 
-def describe(name: str, build: Callable[..., CacheMethod], head_dim: int) -> Entry:
+def describe(name: str, build: Callable[..., CacheMethod], dims: CacheDims) -> Entry:
     """What a named method is, from its docstring, its signature and the value that it makes."""
-    import jax.numpy as jnp
-
     method = build()
     summary, paper = read_docstring(inspect.getdoc(build) or "")
-    dtype = jnp.dtype(jnp.bfloat16)
-    bits = (method.keys.bits_per_element(head_dim, dtype), method.values.bits_per_element(head_dim, dtype))
+    bits = (method.keys.bits_per_element(dims), method.values.bits_per_element(dims))
     options = ", ".join(f"{p.name}={p.default}" for p in inspect.signature(build).parameters.values())
     return Entry(name, summary, paper, tuple(axes(method)), options.replace("=None", "=…"), bits)
 

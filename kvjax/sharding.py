@@ -2,7 +2,8 @@
 
 Rows of a batch go to `data`; kv heads, the query heads that read them, MLP channels and the vocabulary go to `model`.
 A cache is local in both: `Sharded` runs a layer cache's step on every device with the rows and heads that the device
-holds, and no method needs to communicate. An axis that the mesh does not divide is replicated; `describe` says so.
+holds, and no method communicates but those whose policy joins the heads of a layer (`kvjax.cache.exchange`). An axis
+that the mesh does not divide is replicated; `describe` says so.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from kvjax.cache.exchange import heads_over
 from kvjax.errors import UsageError
 from kvjax.typing import Array, PyTree
 
@@ -112,7 +114,8 @@ def _layer_specs(cache: LayerCacheProtocol, mesh: Mesh, rules: ShardingRules) ->
     def spec(leaf: Array) -> P:
         if leaf is cache.head_index:
             return P(model)
-        by_head = leaf.ndim > 1 and leaf.shape[1] == heads
+        # The pages of a pool are cut like heads: as many for each shard.
+        by_head = leaf.ndim > 1 and leaf.shape[1] % heads == 0 and leaf.shape[1] > 0
         return P(rules.axis("batch", leaf.shape[0], mesh), *((model,) if by_head else ()))
 
     return jax.tree.map(spec, cache)
@@ -161,7 +164,7 @@ def place(tree: PyTree, specs: PyTree, mesh: Mesh) -> PyTree:
 
 
 def sharded_step(cache: Layer, step: Any, mesh: Mesh, rules: ShardingRules = ShardingRules()) -> tuple[Array, Layer]:
-    """`cache.step(step)` on every device with the rows and heads that it holds, without communication.
+    """`cache.step(step)` on every device with the rows and heads that it holds.
 
     Raises:
       UsageError: query heads do not read the kv heads in order (n // G), so that they cannot be cut with them.
@@ -173,7 +176,8 @@ def sharded_step(cache: Layer, step: Any, mesh: Mesh, rules: ShardingRules = Sha
     structure = []
 
     def local(cache: Layer, step: Any) -> tuple[Array, list[Array]]:
-        out, new = cache.step(step)
+        with heads_over(inputs.keys[2]):
+            out, new = cache.step(step)
         structure.append(jax.tree.structure(new))
         return out, jax.tree.leaves(new)
 

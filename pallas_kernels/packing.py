@@ -16,7 +16,7 @@ import jax.numpy as jnp
 WIDTHS = (8, 4, 2, 1)
 """Bits per code that fill a byte."""
 
-LOW_BITS = {8: 8, 4: 4, 3: 2, 2: 2}
+LOW_BITS = {8: 8, 4: 4, 3: 2, 2: 2, 1: 1}
 """Bits per code of each supported format, and how many of them are in the first array."""
 
 
@@ -52,7 +52,7 @@ def unpack(packed: jax.Array, bits: int) -> jax.Array:
 
 
 def split(codes: jax.Array, bits: int) -> tuple[jax.Array, jax.Array | None]:
-    """Codes [..., H] of 8, 4, 3 or 2 bits, packed: (low, high), high None except for 3 bits.
+    """Codes [..., H] of 8, 4, 3, 2 or 1 bits, packed: (low, high), high None except for 3 bits.
 
     low is uint8 [..., H·LOW_BITS[bits]/8], high uint8 [..., H/8].
     """

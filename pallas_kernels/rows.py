@@ -74,6 +74,14 @@ class Rows:
         data = jax.lax.scatter(self.data, self._place(slot), x, numbers, unique_indices=True, mode=drop)
         return Rows(data, self.width)
 
+    def take(self, slot: jax.Array) -> jax.Array:
+        """[B, K, n, width]: the slots `slot` int32 [B, K, n] of data [B, K, R, F·width]."""
+        if self.fold == 1:
+            return jnp.take_along_axis(self.data, slot[..., None], axis=2)
+        b, k, row, column = jnp.moveaxis(self._place(slot), -1, 0)
+        columns = column[..., None] + jnp.arange(self.width)
+        return self.data[b[..., None], k[..., None], row[..., None], columns]
+
     def prefix(self, x: jax.Array) -> Rows:
         """These rows with `x` [..., n, width] in the first n slots; what follows in their tile becomes 0."""
         slots = -(-x.shape[-2] // tile(self.fold)) * tile(self.fold)

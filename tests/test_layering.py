@@ -24,10 +24,11 @@ LAYERS = {
     "kvjax.typing": (),
     "kvjax.compat": (),
     "kvjax.progress": (),
-    "kvjax.sharding": ("kvjax.errors", "kvjax.typing", "kvjax.compat"),
+    "kvjax.sharding": ("kvjax.errors", "kvjax.typing", "kvjax.compat", "kvjax.cache.exchange"),
     "kvjax.assets": ("kvjax.errors",),
     "kvjax.tasks": ("kvjax.tasks", "kvjax.errors"),
     "kvjax.cache": ("kvjax.cache", "pallas_kernels", *BASE),
+    "kvjax.cache.exchange": ("kvjax.typing",),
     "kvjax.attention": ("kvjax.attention", *PROTOCOL, "pallas_kernels", *BASE),
     "kvjax.models": (
         "kvjax.models",

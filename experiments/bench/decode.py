@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from experiments.bench import rival
+from experiments.bench import rival, sharded
 from experiments.bench.contest import Contest
 from experiments.bench.entrant import Arrays, Data, Entrant, compiled, reader
 from pallas_kernels import rows
@@ -82,6 +82,17 @@ def _own(size: Size, format: str) -> list[Entrant]:
     found = [_entrant(f"kvjax {format}", spec, data, None)]
     if jax.default_backend() != "cpu":
         found += [_entrant(f"kvjax {format}, {name}", spec, data, name) for name in _named(api.OP)]
+    number = sharded.devices(size.kv_heads)
+    if number > 1:
+        over = sharded.spread(data, number)
+        found.append(
+            dataclasses.replace(
+                found[0],
+                name=f"kvjax {format}, {number} devices",
+                data=over,
+                prepare=sharded.program(_attend(spec, None), number),
+            )
+        )
     if spec.keys.bits > 8:
         return found
     naive = f"naive {format}"
@@ -100,20 +111,24 @@ def _windowed(size: Size, format: str) -> Entrant:
 
 
 def _entrant(name: str, spec: DecodeSpec, data: Data, implementation: str | None) -> Entrant:
+    output = 4 * spec.batch * spec.kv_heads * spec.rows * (spec.head_dim + 1)
+    return Entrant(
+        name,
+        data,
+        compiled(_attend(spec, implementation)),
+        data.nbytes + output,
+        answer=lambda result: result[0][0, 0],
+        own=implementation is None,
+    )
+
+
+def _attend(spec: DecodeSpec, implementation: str | None) -> Callable[..., tuple[jax.Array, ...]]:
     static = {**_split(spec.abstract()[1])[1], "implementation": implementation}
 
     def attend(q: jax.Array, keys: Any, values: Any, arrays: dict[str, Any]) -> tuple[jax.Array, ...]:
         return api.decode_attention(q, keys, values, **arrays, **static)
 
-    output = 4 * spec.batch * spec.kv_heads * spec.rows * (spec.head_dim + 1)
-    return Entrant(
-        name,
-        data,
-        compiled(attend),
-        data.nbytes + output,
-        answer=lambda result: result[0][0, 0],
-        own=implementation is None,
-    )
+    return attend
 
 
 def _data(spec: DecodeSpec) -> Data:

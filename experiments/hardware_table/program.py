@@ -129,6 +129,10 @@ def _source(program: Program) -> Source:
 
 
 def _op(load: Workload) -> Source:
+    import jax
+
+    from pallas_kernels import rows
+
     args, kwargs = load.spec.abstract()
     arrays = {name: value for name, value in kwargs.items() if _abstract(value)}
     static = {name: value for name, value in kwargs.items() if name not in arrays}
@@ -137,7 +141,9 @@ def _op(load: Workload) -> Source:
         return load.op(*args, **arrays, **static, implementation=load.target.implementation)
 
     donated = tuple(index + 1 for index in getattr(load.spec, "donated", ()))
-    return Source(run, (arrays, *args), donated)
+    # Stores lie as they do on the target.
+    laid_out = jax.eval_shape(lambda tree: rows.fold(tree, load.target.toolchain.name), (arrays, *args))
+    return Source(run, laid_out, donated)
 
 
 def _abstract(value: Any) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from experiments.hardware_table.golden import Golden, described
@@ -51,11 +51,11 @@ def _bytes(rows: Sequence[Row]) -> Iterator[str]:
         by_target = {row["target"]: row for row in rows if row["spec"] == spec}
         fine = [row for row in by_target.values() if row["status"] == "ok"]
         numbers = [
-            _range(row["array_bytes"] for row in fine),
-            _range(row["argument_bytes"] - row["array_bytes"] for row in fine),
-            _range(row["temporary_bytes"] for row in fine),
-            _range(row["intermediate_bytes"] for row in fine),
-            _range(row["moved_bytes"] for row in fine),
+            _range({row["target"]: row["array_bytes"] for row in fine}),
+            _range({row["target"]: row["argument_bytes"] - row["array_bytes"] for row in fine}),
+            _range({row["target"]: row["temporary_bytes"] for row in fine}),
+            _range({row["target"]: row["intermediate_bytes"] for row in fine}),
+            _range({row["target"]: row["moved_bytes"] for row in fine}),
         ]
         yield _line([spec, *numbers, *(_code(by_target.get(target.name)) for target in targets)])
 
@@ -120,10 +120,12 @@ def _line(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
 
 
-def _range(values: Iterable[int]) -> str:
-    """One number, or the smallest and largest where targets differ."""
-    known = sorted(set(values))
-    return " to ".join(f"{value:,}" for value in dict.fromkeys((known[0], known[-1]))) if known else ""
+def _range(values: Mapping[str, int]) -> str:
+    """One number, or the smallest and the largest, with its target, where targets differ."""
+    if len(set(values.values())) < 2:
+        return "".join(f"{value:,}" for value in list(values.values())[:1])
+    most = max(values, key=lambda target: values[target])
+    return f"{min(values.values()):,} to {values[most]:,} ({most})"
 
 
 def _squeezed(lines: Iterable[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
@@ -10,16 +11,31 @@ import jax.numpy as jnp
 
 from kvjax.cache import flow
 from kvjax.cache.codec import Identity
+from kvjax.cache.fill import fill
 from kvjax.cache.layout import CacheDims, Layout
 from kvjax.cache.method import CacheMethod
-from kvjax.cache.policy import Prompt
-from kvjax.cache.prompt import attend_prompt, group_queries, rotate
+from kvjax.cache.policy import Prompt, Tokens
+from kvjax.cache.pool import Part, Pool
+from kvjax.cache.prompt import attend_prompt
 from kvjax.cache.read import read_cache
 from kvjax.cache.segment import Segment
 from kvjax.cache.step import Step
-from kvjax.typing import Array
+from kvjax.typing import Array, PyTree
 
 Phase = Literal["empty", "prompt", "decode"]
+SEGMENTS = ("sinks", "pool", "body", "aside", "recent")
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerData:
+    """What calibration has found for one layer: pytrees of arrays [1, K or 1, ...], None for parts without any."""
+
+    keys: PyTree = None
+    values: PyTree = None
+    policy: PyTree = None
+
+
+NO_DATA = LayerData()
 
 
 @jax.tree_util.register_dataclass
@@ -29,10 +45,14 @@ class LayerCache:
 
     Attributes:
       sinks, body, recent: segments; None where the method has none.
+      pool: what the body keeps of the prompt, where heads share their budget; then the body holds later tokens.
+      aside: the segment of the method's fate, or None.
       length: int32 [B], tokens each row has seen.
       ring: int32 [B], what a row uses of the recent window's slots.
       limit: int32 [B], body slots that a row may fill before its tokens compete. Both follow the row's own budget.
       head_index: int32 [K], one number per (layer, head) of the whole model, for random draws under sharding.
+      state: the policy's state, leaves [B, K, ...], or None.
+      data: what the policy was calibrated to, leaves [K, ...] or shared, or None.
       method, dims: static. Inside `jax.shard_map` the arrays are smaller than dims says; shapes are read from arrays.
       phase: static. "empty" -> (exact) "decode", or (streaming) "prompt" until `end_prompt`.
     """
@@ -46,15 +66,26 @@ class LayerCache:
     head_index: Array
     method: CacheMethod = dataclasses.field(metadata={"static": True})
     dims: CacheDims = dataclasses.field(metadata={"static": True})
+    pool: Pool | None = None
+    aside: Segment | None = None
+    state: PyTree = None
+    data: PyTree = None
     phase: Phase = dataclasses.field(default="empty", metadata={"static": True})
 
     @classmethod
-    def init(cls, method: CacheMethod, dims: CacheDims, prompt_lengths: Array | None = None) -> LayerCache:
+    def init(
+        cls,
+        method: CacheMethod,
+        dims: CacheDims,
+        prompt_lengths: Array | None = None,
+        data: LayerData = NO_DATA,
+    ) -> LayerCache:
         """An empty cache.
 
         Args:
           prompt_lengths: int32 [B], each row's own prompt; budgets that are shares refer to it. Default: all
             dims.prompt_length.
+          data: what calibrated parts need.
 
         Raises:
           UsageError: the method does not fit the dimensions.
@@ -64,20 +95,20 @@ class LayerCache:
         if prompt_lengths is None:
             prompt_lengths = jnp.full((dims.batch,), dims.prompt_length, jnp.int32)
         ring, limit = method.row_slots(layout, prompt_lengths)
-        shape = (dims.batch, dims.kv_heads)
         exact, stats = Identity(), method.keeps_statistics
         per_head = method.budget.evicts and method.policy.per_head
 
         def exact_segment(slots: int, stats: bool) -> Segment | None:
             if slots == 0:
                 return None
-            return Segment.empty(*shape, slots, dims.head_dim, dims.dtype, exact, exact, per_head=False, stats=stats)
+            return Segment.empty(dims, slots, exact, exact, per_head=False, stats=stats)
 
-        body = None
-        if layout.body:
-            body = Segment.empty(
-                *shape, layout.body, dims.head_dim, dims.dtype, method.keys, method.values, per_head, stats
-            )
+        learnt, body, pool, slots = (data.keys, data.values), None, None, layout.body
+        if method.budget.pooled:
+            slots -= layout.kept
+            pool = Pool.empty(dims, layout.kept, method.keys, method.values, learnt)
+        if slots:
+            body = Segment.empty(dims, slots, method.keys, method.values, per_head=per_head, stats=stats, data=learnt)
         return cls(
             sinks=exact_segment(layout.sinks, False),
             body=body,
@@ -88,6 +119,10 @@ class LayerCache:
             head_index=dims.layer * dims.kv_heads + jnp.arange(dims.kv_heads, dtype=jnp.int32),
             method=method,
             dims=dims,
+            pool=pool,
+            aside=method.fate.aside(dims, layout, per_head) if method.budget.evicts else None,
+            state=method.policy.initial_state(dims) if method.budget.evicts else None,
+            data=method.policy.parameters(dims, data.policy) if method.budget.evicts else None,
         )
 
     @property
@@ -96,9 +131,18 @@ class LayerCache:
         return self.method.layout(self.dims)
 
     @property
-    def segments(self) -> tuple[Segment, ...]:
-        """Those that exist, oldest first."""
-        return tuple(s for s in (self.sinks, self.body, self.recent) if s is not None)
+    def segments(self) -> tuple[Part, ...]:
+        """What attention reads: those that exist, oldest first."""
+        return tuple(s for name in SEGMENTS if (s := getattr(self, name)) is not None)
+
+    def with_segments(self, segments: Sequence[Part]) -> LayerCache:
+        """This cache with others in place of `segments`."""
+        names = [name for name in SEGMENTS if getattr(self, name) is not None]
+        return dataclasses.replace(self, **dict(zip(names, segments, strict=True)))
+
+    def numbered(self, head_index: Array) -> LayerCache:
+        """This cache with other numbers int32 [K] for its heads."""
+        return dataclasses.replace(self, head_index=head_index)
 
     def step(self, step: Step) -> tuple[Array, LayerCache]:
         """Attends T new tokens to everything cached and to themselves, and caches them.
@@ -114,34 +158,22 @@ class LayerCache:
         if self.phase == "empty" and self.method.prefill == "exact":
             output, log_sum_exp = attend_prompt(step)
             return output, self.absorb_prompt(step, log_sum_exp)
-        output, observed, new_stats = read_cache(self, step)
-        phase: Phase = (
-            "prompt" if self.phase in ("empty", "prompt") and self.method.prefill == "streaming" else "decode"
-        )
-        return output, flow.append(dataclasses.replace(observed, phase=phase), step, new_stats, after=output)
+        streams = self.phase in ("empty", "prompt") and self.method.prefill == "streaming"
+        phase: Phase = "prompt" if streams else "decode"
+        tokens = Tokens(step, self.head_index, self.state, self.data, decoding=not streams)
+        output, observed, new_stats = read_cache(self, tokens)
+        return output, flow.append(dataclasses.replace(observed, phase=phase), tokens, new_stats, after=output)
 
-    def absorb_prompt(self, step: Step, log_sum_exp: Array, unread: int = 0) -> LayerCache:
+    def absorb_prompt(self, step: Step, log_sum_exp: Array, unread: int = 0, scores: Array | None = None) -> LayerCache:
         """Compresses a prompt whose exact attention is already known.
 
         Args:
           log_sum_exp: f32 [B, K, G, T].
           unread: how many of each row's last tokens policies see but the cache does not hold; they are the next steps.
+          scores: f32 [B, K, T] of a policy that has them from a pass over the model of its own, or None.
         """
-        unrotated = step.keys.swapaxes(1, 2)
-        keys = rotate(step, unrotated)
-        prompt = Prompt(
-            queries=rotate(step, group_queries(step)),
-            keys=keys,
-            values=step.values.swapaxes(1, 2),
-            log_sum_exp=log_sum_exp,
-            valid=step.valid,
-            head_index=self.head_index,
-            scale=step.scale,
-            window=step.window,
-            softcap=step.softcap,
-        )
-        stored = keys if self.method.positions == "original" else unrotated
-        return dataclasses.replace(flow.fill(self, prompt, stored, prompt.lengths - unread), phase="decode")
+        prompt = Prompt(step, self.head_index, self.state, self.data, log_sum_exp, scores)
+        return dataclasses.replace(fill(self, prompt, prompt.lengths - unread), phase="decode")
 
     def end_prompt(self) -> LayerCache:
         """Marks the end of a streaming prefill: from here on what `every` says holds."""

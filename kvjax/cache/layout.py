@@ -30,7 +30,8 @@ class CacheDims:
       prompt_length: the longest prompt, padded; budgets that are shares refer to a row's own length.
       dtype: what exact tokens are stored in.
       window: the layer's sliding window, or None.
-      layer: index of the layer, so that random draws differ between layers.
+      width: D, the size of a layer's input; 0 where nothing depends on it.
+      layer: index of the layer, for random draws and budgets that differ between layers. layers: L.
     """
 
     batch: int
@@ -41,7 +42,9 @@ class CacheDims:
     prompt_length: int
     dtype: str = "bfloat16"
     window: int | None = None
+    width: int = 0
     layer: int = 0
+    layers: int = 1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,6 +20,7 @@ from kvjax.typing import Array
 FULL, RECENCY, DROP, EXACT = Full(), Recency(), Drop(), Identity()
 Prefill = Literal["exact", "streaming"]
 Positions = Literal["original", "renumbered"]
+Rotate = Literal["write", "read"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +37,10 @@ class CacheMethod:
         or "streaming" (chunks attend to the compressed cache and themselves; another algorithm, bounded memory).
       every: tokens compete again each time this many have left the recent window after the prompt (a multiple of the
         block); None means that what is decoded is always kept.
-      positions: "original" (keys stored rotated by the position in the text) or "renumbered" (keys stored unrotated
-        and rotated on read by their rank in the cache, as StreamingLLM does).
+      positions: "original" (keys are rotated by their position in the text) or "renumbered" (by their rank in the
+        cache, when they are read, as StreamingLLM does).
+      rotate: "write" (keys are stored rotated) or "read" (stored before rotary embedding, and rotated when they are
+        read, as KVQuant and CSKV do).
     """
 
     name: str = "custom"
@@ -51,6 +54,7 @@ class CacheMethod:
     prefill: Prefill = "exact"
     every: int | None = None
     positions: Positions = "original"
+    rotate: Rotate = "write"
 
     def __post_init__(self) -> None:
         problem = self._problem()
@@ -58,14 +62,38 @@ class CacheMethod:
             raise UsageError(f"method {self.name!r} cannot work: {problem}")
 
     def _problem(self) -> str | None:
+        return self._wrong_field() or self._wrong_codecs() or self._wrong_budget()
+
+    def _wrong_field(self) -> str | None:
         check_word(self, "prefill", Prefill)
         check_word(self, "positions", Positions)
+        check_word(self, "rotate", Rotate)
         if self.sinks < 0 or self.recent < 0:
             return f"sinks and recent must not be negative; got {self.sinks} and {self.recent}"
         if isinstance(self.recent, float) and not (self.budget.evicts and self.recent < 1):
             return f"recent={self.recent} as a share needs a budget that evicts and a value below 1"
+        return None
+
+    def _wrong_codecs(self) -> str | None:
+        codecs = (*self.codecs, *self.fate.codecs)
+        fits = any(codec.fits_prompt for codec in codecs)
+        if self.prefill == "streaming" and fits:
+            return "a codec takes its parameters from the whole prompt, which a streaming prefill never has at once"
+        if self.stores_unrotated and (self.keys.fits_prompt or any(c.fits_prompt for c in self.fate.codecs)):
+            return "a codec of keys takes its parameters from the prompt's rotated keys; use rotate='write'"
+        if self.budget.evicts and self.policy.per_head and any(codec.joint for codec in codecs):
+            return "a codec stores all heads of a token together, so heads cannot keep different tokens"
+        if self.budget.pooled and any(codec.fits_prompt or codec.calibrated or codec.joint for codec in codecs):
+            return "a codec has parameters for each head, but the pages of a pool belong to changing heads"
+        return None
+
+    def _wrong_budget(self) -> str | None:
         if not self.budget.evicts:
             return "`every` needs a budget that evicts" if self.every is not None else None
+        if self.fate.needs_rotated and self.stores_unrotated:
+            return f"{type(self.fate).__name__} keeps keys that have no one position; it needs rotated keys"
+        if self.budget.pooled and (problem := self._wrong_pool()):
+            return problem
         least = self.policy.least_recent
         if isinstance(self.recent, int) and self.recent < least:
             return f"{type(self.policy).__name__} needs a recent window of at least {least} tokens; got {self.recent}"
@@ -82,27 +110,65 @@ class CacheMethod:
             )
         return None
 
+    def _wrong_pool(self) -> str | None:
+        if not self.policy.per_head:
+            return f"{type(self.policy).__name__} keeps the same tokens in all heads, so heads have nothing to share"
+        if self.every is not None or self.prefill == "streaming":
+            return "heads share their places once, at the end of an exact prompt; use every=None and prefill='exact'"
+        if self.fate.codecs:
+            return f"{type(self.fate).__name__} cannot follow: what heads lose differs in number"
+        if self.positions == "renumbered":
+            return "positions cannot be renumbered, because heads hold different numbers of tokens"
+        if self.block > 1:
+            return f"the codecs' blocks of {self.block} tokens would tie heads to whole blocks; use per-token codecs"
+        return None
+
     @property
     def block(self) -> int:
         """Tokens that are encoded, evicted and read as a unit."""
-        return math.lcm(self.keys.block, self.values.block)
+        return math.lcm(*(codec.block for codec in (*self.codecs, *self.fate.codecs)))
 
     @property
     def keeps_statistics(self) -> bool:
         """Whether slots carry the attention that they have received."""
         competes_later = self.every is not None or self.prefill == "streaming"
-        return self.budget.evicts and competes_later and self.policy.mass_reduce is not None
+        kept = self.policy.mass_reduce is not None or self.policy.arrives_scored
+        return self.budget.evicts and competes_later and kept
+
+    @property
+    def stores_unrotated(self) -> bool:
+        """Whether keys are stored before rotary embedding."""
+        return self.rotate == "read" or self.positions == "renumbered"
+
+    @property
+    def codecs(self) -> tuple[Codec, Codec]:
+        """Of keys and values in the body."""
+        return self.keys, self.values
 
     def for_layer(self, dims: CacheDims) -> CacheMethod:
-        """This method as one layer uses it: a layer with a sliding window keeps no more than the window."""
-        if self.budget.evicts or dims.window is None or dims.window >= dims.max_length:
-            return self
-        assert isinstance(self.recent, int)
-        recent = max(self.recent, 1)
-        window = ceil_to(dims.window, self.block) + self.sinks + ring_slots(recent, self.block)
+        """This method as one layer uses it: the layer's budget and codecs, no more than a sliding window reaches."""
+        recent = self.recent if isinstance(self.recent, int) else 0
+        budget = self.budget.for_layer(dims, self.sinks + recent)
+        here = dataclasses.replace(self, keys=self.keys.for_layer(dims), values=self.values.for_layer(dims))
+        here = here._with_budget(budget)
+        if budget.evicts or dims.window is None or dims.window >= dims.max_length:
+            return here
+        recent = max(recent, 1)
+        window = ceil_to(dims.window, here.block) + here.sinks + ring_slots(recent, here.block)
         return dataclasses.replace(
-            self, budget=Uniform(tokens_kept=window), policy=Recency(), recent=recent, every=self.block
+            here, budget=Uniform(tokens_kept=window), policy=Recency(), recent=recent, every=here.block
         )
+
+    def by_head(self, dims: CacheDims) -> tuple[tuple[tuple[int, ...], CacheMethod], ...]:
+        """The kv heads of a layer that share a budget, and their method; nothing where all heads do."""
+        groups = self.budget.by_head(dims)
+        return tuple((heads, self._with_budget(budget).for_layer(dims)) for heads, budget in groups)
+
+    def _with_budget(self, budget: Budget) -> CacheMethod:
+        if self.budget.evicts and not budget.evicts:
+            recent = self.recent if isinstance(self.recent, int) else 0
+            return dataclasses.replace(self, budget=budget, every=None, recent=recent)
+        return dataclasses.replace(self, budget=budget)
 
     def layout(self, dims: CacheDims) -> Layout:
         """Slots of one layer's cache.
@@ -130,7 +196,7 @@ class CacheMethod:
 
     def _even(self, slots: int, dims: CacheDims) -> int:
         """Slots rounded up so that no platform pads the rows of the stores."""
-        each = (codec.even_slots(dims.head_dim) for codec in (self.keys, self.values))
+        each = (codec.even_slots(dims) for codec in self.codecs)
         return ceil_to(slots, math.lcm(self.block, *each))
 
     def _check_kept(self, tokens: int, ring: int, kept: int, dims: CacheDims) -> None:

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from kvjax.cache.layer_cache import LayerCache
+from kvjax.cache.head_split import AnyLayer, empty_layer
+from kvjax.cache.layer_cache import NO_DATA, LayerData
 from kvjax.cache.layout import CacheDims
 from kvjax.cache.method import CacheMethod
 from kvjax.cache.plan import layer_bytes, resolve
-from kvjax.cache.segment import Segment
+from kvjax.cache.pool import Part
 from kvjax.errors import CacheFullError
 from kvjax.typing import Array
 
@@ -22,14 +23,21 @@ from kvjax.typing import Array
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ModelCache:
-    """One `LayerCache` per layer, and the length of each row's prompt (int32 [B])."""
+    """One layer's cache per layer, the length of each row's prompt (int32 [B]), and the method of all."""
 
-    layers: tuple[LayerCache, ...]
+    layers: tuple[AnyLayer, ...]
     prompt_lengths: Array
+    method: CacheMethod = dataclasses.field(metadata={"static": True})
 
     @classmethod
-    def init(cls, method: CacheMethod, layers: Sequence[CacheDims], prompt_lengths: Array | None = None) -> ModelCache:
-        """An empty cache; a budget in bytes is resolved to tokens here.
+    def init(
+        cls,
+        method: CacheMethod,
+        layers: Sequence[CacheDims],
+        prompt_lengths: Array | None = None,
+        data: Sequence[LayerData] | None = None,
+    ) -> ModelCache:
+        """An empty cache; a budget in bytes is resolved to tokens here. data: per layer, what calibration has found.
 
         Raises:
           UsageError: the method does not fit the dimensions.
@@ -37,24 +45,18 @@ class ModelCache:
         method = resolve(method, layers)
         if prompt_lengths is None:
             prompt_lengths = jnp.full((layers[0].batch,), layers[0].prompt_length, jnp.int32)
-        return cls(tuple(LayerCache.init(method, dims, prompt_lengths) for dims in layers), prompt_lengths)
+        found = [NO_DATA] * len(layers) if data is None else data
+        made = (empty_layer(method, d, prompt_lengths, one) for d, one in zip(layers, found, strict=True))
+        return cls(tuple(made), prompt_lengths, method)
 
     def __len__(self) -> int:
         return len(self.layers)
 
-    def __getitem__(self, layer: int) -> LayerCache:
+    def __getitem__(self, layer: int) -> AnyLayer:
         return self.layers[layer]
 
-    def __iter__(self) -> Iterator[LayerCache]:
+    def __iter__(self) -> Iterator[AnyLayer]:
         return iter(self.layers)
-
-    @property
-    def method(self) -> CacheMethod:
-        """The method of which every layer's is the form that fits the layer (`CacheMethod.for_layer`)."""
-        for layer in self.layers:
-            if all(layer.method.for_layer(other.dims) == other.method for other in self.layers):
-                return layer.method
-        return self.layers[0].method
 
     @property
     def lengths(self) -> Array:
@@ -116,6 +118,6 @@ class ModelCache:
             )
 
 
-def _used_bytes(segment: Segment) -> float:
+def _used_bytes(segment: Part) -> float:
     total = sum(leaf.nbytes for leaf in jax.tree.leaves(segment))
     return total * float(jnp.mean(segment.valid))

@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 
 from kvjax.cache.budget import Budget
 from kvjax.cache.layout import CacheDims
 from kvjax.cache.method import CacheMethod
+from kvjax.cache.pool import PAGE, pool_pages
+from kvjax.errors import UsageError
 
 _INT = 4  # bytes of a position, a length, a statistic
 
@@ -17,21 +20,37 @@ _INT = 4  # bytes of a position, a length, a statistic
 def layer_bytes(method: CacheMethod, dims: CacheDims) -> int:
     """Bytes of one layer's cache as declared by the method: codes, scales, positions, statistics, counters."""
     method = method.for_layer(dims)
+    if groups := method.by_head(dims):
+        each = [(part, dataclasses.replace(dims, kv_heads=len(heads))) for heads, part in groups]
+        return sum(layer_bytes(part, mine) for part, mine in each)
     layout, heads = method.layout(dims), dims.kv_heads
     exact = 2 * heads * dims.head_dim * jnp.dtype(dims.dtype).itemsize + _INT
-    coded = (
-        heads
-        * dims.head_dim
-        * sum(c.bits_per_element(dims.head_dim, jnp.dtype(dims.dtype)) for c in (method.keys, method.values))
-        / 8
-    )
+    coded = heads * dims.head_dim * sum(codec.bits_per_element(dims) for codec in method.codecs) / 8
     per_head = method.budget.evicts and method.policy.per_head
     statistic = heads * _INT if method.keeps_statistics else 0
+    pooled = layout.kept if method.budget.pooled else 0
     row = layout.sinks * exact + layout.ring * (exact + statistic)
-    row += layout.body * (coded + statistic + _INT * (heads if per_head else 1))
-    total = dims.batch * (row + 3 * _INT) + heads * _INT
+    row += (layout.body - pooled) * (coded + statistic + _INT * (heads if per_head else 1))
+    if pooled:
+        row += pool_pages(dims, pooled) * (PAGE * (coded / heads + _INT) + _INT)
+    total = dims.batch * (row + 3 * _INT) + heads * _INT + _state_bytes(method, dims)
+    total += sum(codec.parameter_bytes(dims) for codec in method.codecs) if layout.body else 0
     assert total == int(total)
     return int(total)
+
+
+def _state_bytes(method: CacheMethod, dims: CacheDims) -> int:
+    """What policy and fate keep."""
+    if not method.budget.evicts:
+        return 0
+    shapes = jax.eval_shape(
+        lambda: (
+            method.policy.initial_state(dims),
+            method.fate.aside(dims, method.layout(dims), method.policy.per_head),
+        )
+    )
+    leaves = jax.tree.leaves((shapes, method.policy.parameter_shapes(dims) if method.policy.calibrated else None))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
 def resolve(method: CacheMethod, layers: Sequence[CacheDims]) -> CacheMethod:
@@ -40,9 +59,29 @@ def resolve(method: CacheMethod, layers: Sequence[CacheDims]) -> CacheMethod:
     Raises:
       UsageError: not even the sinks and the recent window fit.
     """
+    limit, longest = method.budget.bytes_kept, max(dims.max_length for dims in layers)
+    if limit is None:
+        return method
     rows = [dataclasses.replace(dims, batch=1) for dims in layers]
 
     def cost(budget: Budget) -> int:
         return sum(layer_bytes(dataclasses.replace(method, budget=budget), dims) for dims in rows)
 
-    return dataclasses.replace(method, budget=method.budget.resolve(cost, max(dims.max_length for dims in rows)))
+    fitting, low, high = None, 1, longest
+    while low <= high:
+        middle = method.budget.with_tokens((low + high) // 2)
+        try:
+            fits, possible = cost(middle) <= limit, True
+        except UsageError:  # too few tokens for the sinks and the recent window
+            fits, possible = True, False
+        if fits:
+            fitting = middle if possible else fitting
+            low = (low + high) // 2 + 1
+        else:
+            high = (low + high) // 2 - 1
+    if fitting is None:
+        raise UsageError(
+            f"{limit} bytes per row hold neither the sinks and the recent window nor the slots for decoded tokens; all "
+            f"tokens take {cost(method.budget.with_tokens(longest))} bytes"
+        )
+    return dataclasses.replace(method, budget=fitting)

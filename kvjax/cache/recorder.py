@@ -11,7 +11,7 @@ import dataclasses
 
 import jax
 
-from kvjax.cache.layer_cache import LayerCache
+from kvjax.cache.head_split import AnyLayer
 from kvjax.cache.prompt import attend_prompt
 from kvjax.cache.step import Step
 from kvjax.typing import Array
@@ -53,7 +53,7 @@ class RecordedStep:
 class StepRecorder:
     """Passes each step on to `inner`, follows its output, and keeps the last one in `seen`."""
 
-    inner: LayerCache
+    inner: AnyLayer
     seen: RecordedStep | None = None
 
     @property

@@ -9,8 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.cache.codec import Codec
+from kvjax.cache.layout import CacheDims
+from kvjax.cache.policy.seen import Prompt
+from kvjax.cache.step import Step
 from kvjax.typing import Array, PyTree
-from pallas_kernels import cache_update
+from pallas_kernels import RotatedLoader, cache_update, decode_attention
+from pallas_kernels.loader import Loader
 from pallas_kernels.rows import Rows, each
 
 EMPTY = -1
@@ -26,7 +30,10 @@ class Segment:
       positions: int32 [B, K or 1, S], the original position of each slot's token; -1 marks an empty slot. The head
         axis is 1 where all heads hold the same tokens.
       stats: f32 [B, K, S], the policy's statistic of each slot, or None.
+      weight: f32 [B, K or 1, S], how many tokens each slot stands for, or None where it is one.
       key_codec, value_codec: how to read and write the stores.
+      key_params, value_params: the codecs' parameters, leaves [B or 1, K or 1, ...], or None.
+      weighs: static; whether attention counts a slot as often as its weight says.
     """
 
     keys: PyTree
@@ -35,30 +42,44 @@ class Segment:
     stats: Array | None
     key_codec: Codec = dataclasses.field(metadata={"static": True})
     value_codec: Codec = dataclasses.field(metadata={"static": True})
+    key_params: PyTree = None
+    value_params: PyTree = None
+    weight: Array | None = None
+    weighs: bool = dataclasses.field(default=True, metadata={"static": True})
 
     @classmethod
     def empty(
         cls,
-        batch: int,
-        heads: int,
+        dims: CacheDims,
         slots: int,
-        head_dim: int,
-        dtype: str,
         key_codec: Codec,
         value_codec: Codec,
+        *,
         per_head: bool,
         stats: bool,
+        data: tuple[PyTree, PyTree] = (None, None),
     ) -> Segment:
-        """No tokens; `slots` is a multiple of both codecs' blocks."""
-        lead, kind = (batch, heads), jnp.dtype(dtype)
+        """No tokens; `slots` is a multiple of both codecs' blocks. data: what the codecs were calibrated to."""
         return cls(
-            keys=key_codec.empty(lead, slots // key_codec.block, head_dim, kind),
-            values=value_codec.empty(lead, slots // value_codec.block, head_dim, kind),
-            positions=jnp.full((batch, heads if per_head else 1, slots), EMPTY, jnp.int32),
-            stats=jnp.zeros((batch, heads, slots), jnp.float32) if stats else None,
+            keys=key_codec.empty(dims, slots // key_codec.block),
+            values=value_codec.empty(dims, slots // value_codec.block),
+            positions=jnp.full((dims.batch, dims.kv_heads if per_head else 1, slots), EMPTY, jnp.int32),
+            stats=jnp.zeros((dims.batch, dims.kv_heads, slots), jnp.float32) if stats else None,
             key_codec=key_codec,
             value_codec=value_codec,
+            key_params=key_codec.parameters(dims, data[0]),
+            value_params=value_codec.parameters(dims, data[1]),
         )
+
+    @property
+    def key_loader(self) -> Loader:
+        """How kernels read the keys."""
+        return self.key_codec.loader(self.keys, self.key_params)
+
+    @property
+    def value_loader(self) -> Loader:
+        """How kernels read the values."""
+        return self.value_codec.loader(self.values, self.value_params)
 
     @property
     def slots(self) -> int:
@@ -66,9 +87,74 @@ class Segment:
         return self.positions.shape[-1]
 
     @property
+    def decoded_keys(self) -> Array:
+        """f32 [B, K, S, H], as stored: a full-size array unless nobody uses it."""
+        return self.key_loader.decode()
+
+    @property
+    def decoded_values(self) -> Array:
+        """f32 [B, K, S, H], as `decoded_keys`."""
+        return self.value_loader.decode()
+
+    def per_head(self, heads: int) -> tuple[Array, float]:
+        """Tokens that each row holds, f32 [B], and slots that there are, per kv head on average."""
+        return self.valid.sum(-1, dtype=jnp.float32).mean(1), self.slots
+
+    @property
+    def codecs(self) -> tuple[Codec, Codec]:
+        """Of keys and values."""
+        return self.key_codec, self.value_codec
+
+    @property
+    def stores(self) -> tuple[PyTree, PyTree]:
+        """Encoded keys and values."""
+        return self.keys, self.values
+
+    @property
     def valid(self) -> Array:
         """bool [B, K or 1, S]."""
         return self.positions >= 0
+
+    @property
+    def bias(self) -> Array | None:
+        """What is added to the logits of slots that stand for several tokens: f32 [B, K or 1, S], or None."""
+        return None if self.weight is None or not self.weighs else jnp.log(jnp.maximum(self.weight, 1.0))
+
+    def attend(
+        self, queries: Array, step: Step, places: Array | None, query_positions: Array, logits: bool
+    ) -> tuple[Array, ...]:
+        """As `pallas_kernels.decode_attention`, over the slots of this segment.
+
+        Args:
+          queries: [B, K, R, H], rotated. query_positions: int32 [B, R].
+          places: int32 [B, K or 1, S], by which the keys are rotated, or None where they are stored rotated.
+          logits: whether to return those too.
+        """
+        keys = self.key_loader
+        if places is not None and step.rope is not None:
+            keys = RotatedLoader(keys, places, step.rope)
+        windowed = step.window is not None
+        return decode_attention(
+            queries,
+            keys,
+            self.value_loader,
+            valid=self.valid,
+            positions=self.positions if windowed else None,
+            query_positions=query_positions if windowed else None,
+            window=step.window,
+            scale=step.scale,
+            softcap=step.softcap,
+            bias=self.bias,
+            return_logits=logits,
+        )
+
+    def fitted(self, keys: Array, values: Array, prompt: Prompt) -> Segment:
+        """This segment with the codecs' parameters that a prompt gives: keys (as stored) and values [B, K, T, H]."""
+        return dataclasses.replace(
+            self,
+            key_params=self.key_codec.fitted(self.key_params, keys, prompt),
+            value_params=self.value_codec.fitted(self.value_params, values, prompt),
+        )
 
     def fill(self, keys: Array, values: Array, positions: Array, stats: Array | None) -> Segment:
         """The first n slots replaced by n tokens; for a segment that is empty.
@@ -80,8 +166,8 @@ class Segment:
             return self
         exists = (positions >= 0)[..., None]
         fresh = {
-            "keys": self.key_codec.encode(jnp.where(exists, keys, 0)),
-            "values": self.value_codec.encode(jnp.where(exists, values, 0)),
+            "keys": self.key_codec.encode(jnp.where(exists, keys, 0), self.key_params),
+            "values": self.value_codec.encode(jnp.where(exists, values, 0), self.value_params),
             "positions": jnp.broadcast_to(positions, (*self.positions.shape[:-1], n)),
             "stats": stats if self.stats is not None else None,
         }
@@ -106,8 +192,10 @@ class Segment:
         """
         return dataclasses.replace(
             self,
-            keys=cache_update(self.keys, keys, block, encode=self.key_codec.encode),
-            values=cache_update(self.values, values, block, encode=self.value_codec.encode),
+            keys=cache_update(self.keys, keys, block, encode=lambda x: self.key_codec.encode(x, self.key_params)),
+            values=cache_update(
+                self.values, values, block, encode=lambda x: self.value_codec.encode(x, self.value_params)
+            ),
             positions=cache_update(self.positions, positions, block),
             stats=None if self.stats is None else cache_update(self.stats, stats, block),
         )
@@ -116,6 +204,16 @@ class Segment:
         """Blocks of `size` slots marked as empty; block as in `write`."""
         gone = jnp.full((*self.positions.shape[:2], size), EMPTY, jnp.int32)
         return dataclasses.replace(self, positions=cache_update(self.positions, gone, block))
+
+    def block_at(self, block: Array, size: int) -> tuple[Array, Array, Array]:
+        """Block number `block` int32 [B, K or 1] of `size` slots: keys, values [B, K, size, H], positions."""
+        heads = jax.tree.leaves(self.keys)[0].shape[1]
+        keys, values = (
+            each(lambda x: _entries_of(x, jnp.broadcast_to(block, (block.shape[0], heads)), size, self.slots), store)
+            for store in (self.keys, self.values)
+        )
+        decoded = self.key_codec.decode(keys, self.key_params), self.value_codec.decode(values, self.value_params)
+        return *decoded, _entries_of(self.positions, block, size, self.slots)
 
     def read(self, start: Array, size: int) -> tuple[Array, Array, Array, Array | None]:
         """`size` consecutive slots from `start` int32 [B]: keys, values [B, K, size, H], positions, stats.
@@ -131,3 +229,28 @@ class Segment:
         keys = self.key_codec.decode(jax.tree.map(take, self.keys))
         values = self.value_codec.decode(jax.tree.map(take, self.values))
         return keys, values, take(self.positions), None if self.stats is None else take(self.stats)
+
+
+def _entries_of(leaf: Any, block: Array, size: int, slots: int) -> Any:
+    """The entries of a leaf [B, K or 1, n, ...] (or `Rows`) that belong to one block of each head; block [B, K]."""
+    if isinstance(leaf, Rows):
+        at = block[..., None] * size + jnp.arange(size, dtype=jnp.int32)
+        return Rows.of(leaf.take(at[:, : leaf.data.shape[1]]))
+    count = leaf.shape[2] * size // slots
+    at = (block[..., None] * count + jnp.arange(count, dtype=jnp.int32))[:, : leaf.shape[1]]
+    return jnp.take_along_axis(leaf, at.reshape(*at.shape, *(1,) * (leaf.ndim - 3)), axis=2)
+
+
+def at_positions(x: Array, positions: Array) -> Array:
+    """x [B, K, T, ...] at positions int32 [B, K or 1, n]; anything where a position is EMPTY."""
+    index = jnp.maximum(positions, 0)
+    return jnp.take_along_axis(x, index.reshape(*index.shape, *(1,) * (x.ndim - 3)), axis=2)
+
+
+def where_true(mask: Array, most: int, block: int) -> Array:
+    """The first `most` places where `mask` bool [..., T] holds, in order, then EMPTY: int32, whole blocks."""
+    tokens = mask.shape[-1]
+    ordered = jnp.sort(jnp.where(mask, jnp.arange(tokens, dtype=jnp.int32), tokens), axis=-1)
+    ordered = jnp.pad(ordered, [(0, 0)] * (mask.ndim - 1) + [(0, -tokens % block)], constant_values=tokens)
+    ordered = ordered[..., : min(most, ordered.shape[-1])]
+    return jnp.where(ordered < tokens, ordered, EMPTY)

@@ -60,7 +60,9 @@ def cache_dims(
             prompt_length=prompt_length,
             dtype=dtype,
             window=config.window_of(layer),
+            width=config.embed_dim,
             layer=layer,
+            layers=config.num_layers,
         )
         for layer in range(config.num_layers)
     ]

@@ -14,7 +14,7 @@ import numpy as np
 from kvjax.cache.codec import Identity
 from kvjax.cache.method import CacheMethod
 from kvjax.cache.model_cache import ModelCache
-from kvjax.cache.segment import Segment
+from kvjax.cache.pool import Part
 from kvjax.errors import KvjaxError
 from kvjax.evaluation.batch import Batch, Piece, feed
 
@@ -143,15 +143,16 @@ def _time_decode(batch: Batch, method: CacheMethod) -> Timing:
 
 def _bits_per_element(cache: ModelCache) -> float:
     stored = [(s, layer.dims) for layer in cache.layers for s in layer.segments]
-    size = sum(leaf.nbytes for s, _ in stored for leaf in jax.tree.leaves((s.keys, s.values)))
-    return 8 * size / sum(2 * d.batch * d.kv_heads * d.head_dim * s.slots for s, d in stored)
+    size = sum(leaf.nbytes for s, _ in stored for leaf in jax.tree.leaves(s.stores))
+    return 8 * size / sum(2 * d.batch * d.kv_heads * d.head_dim * s.per_head(d.kv_heads)[1] for s, d in stored)
 
 
-def _held(cache: ModelCache, of: Callable[[Segment], bool] = lambda _: True) -> float:
+def _held(cache: ModelCache, of: Callable[[Part], bool] = lambda _: True) -> float:
     """Tokens in the segments that `of` selects: per row, mean over layers and heads."""
-    counts = [np.mean(np.sum(np.asarray(s.valid), axis=-1)) for layer in cache for s in layer.segments if of(s)]
+    held = [(s, layer.dims.kv_heads) for layer in cache for s in layer.segments if of(s)]
+    counts = [np.mean(np.asarray(s.per_head(heads)[0])) for s, heads in held]
     return float(sum(counts)) / len(cache)
 
 
-def _is_coded(segment: Segment) -> bool:
-    return (segment.key_codec, segment.value_codec) != (Identity(), Identity())
+def _is_coded(segment: Part) -> bool:
+    return segment.codecs != (Identity(), Identity())

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from kvjax.cache.layer_cache import LayerCache
+from kvjax.cache.head_split import AnyLayer, empty_layer
 from kvjax.cache.layout import CacheDims
 from kvjax.cache.method import CacheMethod
 from kvjax.cache.model_cache import ModelCache
@@ -44,17 +44,18 @@ def compress(
     layers = []
     for layer_dims, recorded in zip(dims, prompt, strict=True):
         heads = layer_dims.layer * layer_dims.kv_heads + jnp.arange(layer_dims.kv_heads, dtype=jnp.int32)
-        layer = _compress_layer(method, _anonymous(layer_dims), recorded, lengths, heads, unread)
+        here = method.for_layer(layer_dims)
+        layer = _compress_layer(here, _anonymous(layer_dims), recorded, lengths, heads, unread)
         layers.append(dataclasses.replace(layer, dims=layer_dims))
     # Steps donate the cache, so no buffer may be shared.
-    return ModelCache(tuple(layers), jnp.copy(lengths) - unread)
+    return ModelCache(tuple(layers), jnp.copy(lengths) - unread, method)
 
 
 @partial(jax.jit, static_argnames=("method", "dims", "unread"))
 def _compress_layer(
     method: CacheMethod, dims: CacheDims, recorded: RecordedPrompt, lengths: Array, head_index: Array, unread: int
-) -> LayerCache:
-    cache = dataclasses.replace(LayerCache.init(method, dims, lengths), head_index=head_index)
+) -> AnyLayer:
+    cache = empty_layer(method, dims, lengths).numbered(head_index)
     return cache.absorb_prompt(recorded.step, recorded.log_sum_exp, unread)
 
 
@@ -116,17 +117,17 @@ def record_steps(
 ) -> tuple[LayerRecording, ...]:
     """What every layer was handed and gave back while `feed` would run; zeros beyond `steps`."""
 
-    def recorders(layers: tuple[LayerCache, ...], i: Array) -> tuple[StepRecorder, ...]:
+    def recorders(layers: tuple[AnyLayer, ...], i: Array) -> tuple[StepRecorder, ...]:
         valid = (i < lengths)[:, None]
         token = jax.lax.dynamic_slice_in_dim(tokens, i, 1, axis=1)
         fresh = tuple(StepRecorder(layer) for layer in layers)
         return module.apply({"params": params}, token, cache=fresh, valid=valid)[1]  # pyright: ignore[reportReturnType]
 
-    def one(layers: tuple[LayerCache, ...], i: Array) -> tuple[tuple[LayerCache, ...], tuple[RecordedStep, ...]]:
+    def one(layers: tuple[AnyLayer, ...], i: Array) -> tuple[tuple[AnyLayer, ...], tuple[RecordedStep, ...]]:
         after = recorders(layers, i)
         return tuple(r.inner for r in after), tuple(_without_projection(r.seen) for r in after)
 
-    def body(i: Array, carry: tuple[tuple[LayerCache, ...], PyTree]) -> tuple[tuple[LayerCache, ...], PyTree]:
+    def body(i: Array, carry: tuple[tuple[AnyLayer, ...], PyTree]) -> tuple[tuple[AnyLayer, ...], PyTree]:
         layers, kept = carry
         layers, seen = one(layers, i)
         return layers, jax.tree.map(lambda all_steps, new: all_steps.at[i].set(new), kept, seen)
@@ -154,8 +155,8 @@ def attention_errors(cache: ModelCache, recorded: tuple[LayerRecording, ...], st
 
 
 @jax.jit
-def _layer_error(cache: LayerCache, recorded: LayerRecording, steps: ArrayLike) -> Array:
-    def one(i: Array, carry: tuple[LayerCache, Array, Array]) -> tuple[LayerCache, Array, Array]:
+def _layer_error(cache: AnyLayer, recorded: LayerRecording, steps: ArrayLike) -> Array:
+    def one(i: Array, carry: tuple[AnyLayer, Array, Array]) -> tuple[AnyLayer, Array, Array]:
         cache, error, norm = carry
         now = jax.tree.map(lambda leaf: leaf[i], recorded.seen)
         output, cache = cache.step(dataclasses.replace(now.step, output_projection=recorded.output_projection))

@@ -94,3 +94,11 @@ SPECS = (
         "noise_given_lse", 1, 2, 3, 40, 140, 32, offset=40, window=90, temperature="head", noise=True, reduce="max"
     ),
 )
+
+HARDWARE = (
+    MassSpec("prompt_4k", 1, 8, 4, 4096, 4096, 128, "bfloat16"),
+    MassSpec("last_64_of_32k", 1, 8, 4, 64, 32768, 128, "bfloat16", reduce="mean"),
+    MassSpec("window_max_h64", 1, 4, 8, 4096, 4096, 64, "bfloat16", window=1024, reduce="max"),
+    MassSpec("keyformer_4k", 1, 8, 4, 4096, 4096, 128, "bfloat16", temperature="token", noise=True, own=True),
+)
+"""Workloads of real size, for the table of compiled kernels."""

@@ -74,7 +74,8 @@ def _blend(data: jax.Array, new: jax.Array, block: jax.Array, fold: int) -> jax.
             in_specs=[pl.BlockSpec((1, 1, size, columns), lambda b, k, row, part: (b, k, 0, 0)), piece],
             out_specs=piece,
         ),
-        out_shape=jax.ShapeDtypeStruct(data.shape, data.dtype),
+        # Or XLA may bring the whole store into vector memory, and back, for the sake of one piece.
+        out_shape=pltpu.HBM(data.shape, data.dtype),
         input_output_aliases={3: 0},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
         name="cache_update",

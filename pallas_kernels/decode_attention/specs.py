@@ -8,7 +8,19 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.loader import DenseLoader, IntegerLoader, Loader, RotatedLoader
+from pallas_kernels.loader import (
+    CodebookLoader,
+    ConcatLoader,
+    DenseLoader,
+    Float8Loader,
+    IntegerLoader,
+    Loader,
+    LowRankLoader,
+    OutlierLoader,
+    RotatedLoader,
+    ScaledLoader,
+)
+from pallas_kernels.packing import LOW_BITS
 from pallas_kernels.pages import Pages
 from pallas_kernels.rope import Rope
 from pallas_kernels.rows import Rows
@@ -19,13 +31,18 @@ class Format:
     """How keys or values are stored.
 
     Attributes:
-      bits: 32 and 16 are float32 and bfloat16; 8, 4 and 2 are packed codes.
+      bits: 32 and 16 are float32 and bfloat16; 8, 4, 3 and 2 are packed codes.
       block: slots per block of codes; scales are per slot at 1 and per block above.
       group: channels that share a scale where scales are per slot; None means all of a head.
       symmetric: codes without a zero point.
       shared: one store for all kv heads.
       rotated: rotary embedding is applied when the keys are read.
       fold: slots that share a row of codes.
+      code: what a code of at most 8 bits stands for.
+      outliers: elements of a slot that are also stored by themselves.
+      scaled: each channel of a head has a scale of its own.
+      rank: channels of the latents that are stored in place of those of a head; None: none.
+      rotary: channels, in bfloat16, behind those that all else is said of.
     """
 
     bits: int = 32
@@ -35,29 +52,64 @@ class Format:
     shared: bool = False
     rotated: bool = False
     fold: int = 1
+    code: Literal["integer", "float8", "codebook"] = "integer"
+    outliers: int = 0
+    scaled: bool = False
+    rank: int | None = None
+    rotary: int = 0
 
     def loader(self, key: jax.Array, batch: int, heads: int, slots: int, dim: int) -> Loader:
-        """Random contents; `slots` must be a multiple of `block`."""
-        lead = (batch, 1 if self.shared else heads)
-        inner = self._inner(key, lead, slots, dim)
-        if not self.rotated:
-            return inner
-        inv_freq = 10_000.0 ** -(jnp.arange(dim // 2) / (dim // 2))
+        """Random contents of `dim` channels, besides rotary ones; `slots` must be a multiple of `block`."""
+        lead, stored = (batch, 1 if self.shared else heads), self.rank or dim
+        found = self._stored(key, lead, slots, stored)
+        index_key, value_key, scale_key, up_key, rotary_key = jax.random.split(jax.random.fold_in(key, 1), 5)
+        if self.outliers:
+            shape = (self.outliers, *lead, slots)
+            index = jax.random.randint(index_key, shape, 0, stored).astype(jnp.uint16)
+            value = jax.random.normal(value_key, shape, jnp.bfloat16)
+            found = OutlierLoader(found, tuple(index), tuple(value), size=1)
+        if self.scaled:
+            found = ScaledLoader(found, jax.random.uniform(scale_key, (heads, stored), minval=0.5, maxval=2.0))
+        if self.rank:
+            found = LowRankLoader(found, jax.random.normal(up_key, (heads, stored, dim), jnp.bfloat16) * stored**-0.5)
+        if self.rotary:
+            rotary = jax.random.normal(rotary_key, (*lead, slots, self.rotary), jnp.bfloat16)
+            found = ConcatLoader((found, DenseLoader(rotary)))
+        return self._rotated(found, batch) if self.rotated else found
+
+    def _rotated(self, inner: Loader, batch: int) -> Loader:
+        half, slots = inner.head_dim // 2, inner.count
+        inv_freq = 10_000.0 ** -(jnp.arange(half) / half)
         positions = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), (batch, 1, slots))
         return RotatedLoader(inner, positions, Rope(inv_freq, jnp.float32(1.0)))
 
-    def _inner(self, key: jax.Array, lead: tuple[int, int], slots: int, dim: int) -> Loader:
+    def _stored(self, key: jax.Array, lead: tuple[int, int], slots: int, dim: int) -> Loader:
         if self.bits > 8:
             dtype = {32: jnp.float32, 16: jnp.bfloat16}[self.bits]
             return DenseLoader(jax.random.normal(key, (*lead, slots, dim), dtype))
         code_key, scale_key, zero_key = jax.random.split(key, 3)
-        codes = Rows.of(jax.random.bits(code_key, (*lead, slots, dim * self.bits // 8), jnp.uint8), self.fold)
+        if self.code == "float8":
+            number = jax.random.randint(code_key, (*lead, slots, dim), 0, 254)
+            bits = number // 127 * 128 + number % 127  # all but 127 and 255, which are NaN
+            return Float8Loader(Rows.of(bits.astype(jnp.uint8), self.fold), "e4m3")
+        codes = self._codes(code_key, lead, slots, dim * LOW_BITS[self.bits] // 8, self.fold)
+        high = None
+        if self.bits == 3:
+            high_key, fold = jax.random.fold_in(code_key, 1), 2 * self.fold if self.fold > 1 else 1
+            high = self._codes(high_key, lead, slots, dim // 8, fold)
+        if self.code == "codebook":
+            table = jnp.sort(jax.random.normal(zero_key, (lead[1], 2**self.bits)), axis=-1)
+            return CodebookLoader(codes, table, self.bits, high)
         levels = 2**self.bits - 1
         groups = dim // (self.group or dim) if self.block == 1 else 1
         shape = (groups, *lead, slots) if self.block == 1 else (1, *lead, slots // self.block, dim)
         scale = (jax.random.uniform(scale_key, shape, minval=1.0, maxval=4.0) / levels).astype(jnp.bfloat16)
         zero = None if self.symmetric else tuple(-jax.random.uniform(zero_key, shape, maxval=3.0).astype(jnp.bfloat16))
-        return IntegerLoader(codes, tuple(scale), zero, self.bits, self.block)
+        return IntegerLoader(codes, tuple(scale), zero, self.bits, self.block, high)
+
+    @staticmethod
+    def _codes(key: jax.Array, lead: tuple[int, int], slots: int, width: int, fold: int) -> Rows:
+        return Rows.of(jax.random.bits(key, (*lead, slots, width), jnp.uint8), fold)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +144,7 @@ class DecodeSpec:
     def arguments(self, seed: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Random (args, kwargs) of the op."""
         q_key, k_key, v_key, mask_key, bias_key, page_key = jax.random.split(jax.random.key(seed), 6)
-        q = jax.random.normal(q_key, (self.batch, self.kv_heads, self.rows, self.head_dim))
+        q = jax.random.normal(q_key, (self.batch, self.kv_heads, self.rows, self.head_dim + self.keys.rotary))
         size, pages = (self.batch, self.kv_heads, self.slots, self.head_dim), None
         if self.page is not None:
             size, pages = self._paged(page_key)
@@ -177,6 +229,8 @@ INT4 = Format(4, fold=2)
 INT2 = Format(2, fold=4)
 _LONG = (2, 8, 4, 4096, 128)
 _WIDE = (2, 8, 8, 4096, 128)
+_SHORT = (8, 8, 8, 512, 128)
+_LATENT = Format(16, shared=True, rank=512)
 
 HARDWARE = (
     DecodeSpec("bf16_g4", *_LONG, Format(16), Format(16)),
@@ -197,5 +251,16 @@ HARDWARE = (
     DecodeSpec("packed_pool_int8", *_LONG, INT8, INT8, page=512, pool="joint", lengths=(4096, 1000)),
     DecodeSpec("one_joint_head_bf16", 8, 16, 1, 4096, 128, Format(16, shared=True), Format(16, shared=True)),
     DecodeSpec("two_heads_int4", 8, 2, 8, 4096, 128, INT4, INT4),
+    DecodeSpec("int8_g8_s512", *_SHORT, INT8, INT8),
+    DecodeSpec("int4_g8_s512", *_SHORT, INT4, INT4),
+    DecodeSpec("int4_g8_s512_alone", 1, 8, 8, 512, 128, INT4, INT4),
+    DecodeSpec("int3_g4", *_LONG, Format(3, fold=4), Format(3, fold=4)),
+    DecodeSpec("float8_g4", *_LONG, Format(8, code="float8"), Format(8, code="float8")),
+    DecodeSpec("codebook4_g4", *_LONG, Format(4, fold=2, code="codebook"), Format(4, fold=2, code="codebook")),
+    DecodeSpec("outliers_int4_g4", *_LONG, Format(4, fold=2, outliers=2), INT4),
+    DecodeSpec("scaled_int8_g4", *_LONG, Format(8, scaled=True), Format(8, scaled=True)),
+    DecodeSpec("latent_values_g4", *_LONG, Format(16), Format(16, shared=True, rank=256)),
+    DecodeSpec("latent_keys_rotated_g4", *_LONG, Format(16, shared=True, rank=256, rotated=True), Format(16)),
+    DecodeSpec("mla", 8, 16, 1, 4096, 128, Format(16, shared=True, rank=512, rotary=64), _LATENT),
 )
 """Workloads of real size, for the table of compiled kernels."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.loader.base import Loader, PyTree, static
+from pallas_kernels.rows import is_rows, tile
 
 
 @jax.tree_util.register_dataclass
@@ -17,7 +19,7 @@ class BlockLoader(Loader):
     """Any format that can decode a run of its blocks; needs no kernel of its own.
 
     Attributes:
-      store: pytree of leaves [..., M, ...].
+      store: pytree of leaves [..., M, ...], an entry per block or per slot, and `Rows`.
       decode_store: static and hashable; store -> [..., S, H]. A frozen codec's bound `decode` is one.
       width: channels H.
       size: slots per block.
@@ -39,6 +41,11 @@ class BlockLoader(Loader):
     @property
     def slots(self) -> PyTree:
         return self.store
+
+    @property
+    def granularity(self) -> int:
+        rows = (x for x in jax.tree.leaves(self.store, is_leaf=is_rows) if is_rows(x))
+        return math.lcm(self.size, *(tile(x.fold) for x in rows)) // self.size
 
     @property
     def count(self) -> int:

@@ -16,11 +16,12 @@ from pallas_kernels.rows import Rows, tile
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class CodebookLoader(Loader):
-    """Packed codes of 4, 3 or 2 bits that name entries of a codebook: x = table[code] * scale + offset.
+    """Packed codes of 4, 3, 2 or 1 bits that name entries of a codebook: x = table[code] * scale + offset.
 
     The entries need not be evenly spaced. One codebook serves all slots: fitted to the layer (KVQuant, Hooper et al.,
     2024, arXiv:2401.18079; its Q-Norm is an affine map of the table) or known beforehand (TurboQuant, Zandieh et al.,
-    2025, arXiv:2504.19874). Keys scaled per channel are `ScaledLoader(CodebookLoader(…), …)`.
+    2025, arXiv:2504.19874). Of 1 bit they are the signs of a sketch (QJL, Zandieh et al., 2024, arXiv:2406.03482).
+    Keys scaled per channel are `ScaledLoader(CodebookLoader(…), …)`.
 
     Attributes:
       codes: rows of H·bits/8 uint8 per slot, planes as in `packing`; of 3 bits, the low 2.

@@ -29,12 +29,16 @@ class OutlierLoader(Loader):
         one array [..., M, C].
       value: floating, as `index`.
       size: slots per block.
+      first: int32 [K], the number of each head's first channel, where heads share the pairs (a head axis of 1 in
+        `index` and `value`) and channels are counted through all heads: slot within the block · K·H + channel. None:
+        heads have pairs of their own.
     """
 
     inner: Loader
     index: tuple[jax.Array, ...]
     value: tuple[jax.Array, ...]
     size: int = static()
+    first: jax.Array | None = None
 
     @property
     def block(self) -> int:
@@ -54,7 +58,7 @@ class OutlierLoader(Loader):
 
     @property
     def per_head(self) -> PyTree:
-        return self.inner.per_head
+        return self.inner.per_head, self.first
 
     @property
     def count(self) -> int:
@@ -62,7 +66,7 @@ class OutlierLoader(Loader):
 
     def with_slots(self, slots: PyTree) -> OutlierLoader:
         inner, index, value = slots
-        return OutlierLoader(self.inner.with_slots(inner), index, value, self.size)
+        return OutlierLoader(self.inner.with_slots(inner), index, value, self.size, self.first)
 
     def decode(self) -> jax.Array:
         dense = self.inner.decode()
@@ -90,8 +94,14 @@ class OutlierLoader(Loader):
         index = self._flat(self.index).astype(jnp.int32)
         first = jnp.arange(0, self.count, self.size)
         own = jnp.tile(first, len(self.index)) if self.size == 1 else jnp.repeat(first, self.index[0].shape[-1])
-        within, channel = jnp.divmod(index, self.head_dim)
-        return own + within, channel, self._flat(self.value).astype(jnp.float32)
+        value = self._flat(self.value).astype(jnp.float32)
+        if self.first is None:
+            within, channel = jnp.divmod(index, self.head_dim)
+            return own + within, channel, value
+        within, channel = jnp.divmod(index, self.head_dim * len(self.first))
+        channel = channel - self.first[:, None]
+        mine = (channel >= 0) & (channel < self.head_dim)
+        return own + within, jnp.where(mine, channel, 0), jnp.where(mine, value, 0.0)
 
     def _flat(self, parts: tuple[jax.Array, ...]) -> jax.Array:
         """[..., n] of C arrays [..., S], or of one [..., M, C]."""

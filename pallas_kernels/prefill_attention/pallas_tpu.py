@@ -37,8 +37,8 @@ def run(
     """See `api.prefill_attention`.
 
     Raises:
-      NotImplementedError: a dtype other than float32 and bfloat16, or mixed ones; H above 256; so many tokens that the
-        list of tiles outgrows scalar memory.
+      NotImplementedError: a dtype other than float32 and bfloat16, or mixed ones; H or C above 256; so many tokens that
+        the list of tiles outgrows scalar memory.
     """
     tiles = Tiles.of(q, window, scale, softcap)
     _check(tiles, q, k, v, *(selection or ()))
@@ -54,8 +54,9 @@ def _check(tiles: Tiles, *arrays: jax.Array) -> None:
     dtypes = {str(x.dtype) for x in arrays}
     if dtypes not in ({"float32"}, {"bfloat16"}):
         raise NotImplementedError(f"takes float32 or bfloat16 throughout, not {', '.join(sorted(dtypes))}")
-    if tiles.dim > MAX_DIM:
-        raise NotImplementedError(f"head_dim {tiles.dim} is above {MAX_DIM}")
+    width = max(x.shape[-1] for x in arrays)
+    if width > MAX_DIM:
+        raise NotImplementedError(f"{width} channels are above {MAX_DIM}")
     steps = len(tiles.backward.walk("key"))
     if steps > MAX_STEPS:
         raise NotImplementedError(f"{tiles.tokens} tokens need {steps} tiles per head; at most {MAX_STEPS}")

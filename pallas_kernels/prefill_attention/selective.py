@@ -44,7 +44,7 @@ def lane(
         def block(hidden, args, keys=keys, values=values, mask=mask, first=first, chooser_keys=chooser_keys):
             queries, factors, chooser, first_query = args
             sees = plan.mask(mask, first_query, first)
-            chosen = _chosen(plan, chooser[0], chooser_keys, sees, seen, first_query, first)
+            chosen = _chosen(plan, chooser[0], chooser_keys, sees, first_query, first)
             # Earlier rows of the block hide from later ones; a product with a triangle is the exclusive running sum.
             within = jnp.tril(jnp.ones((plan.block, plan.block)), -1) @ chosen
             logits = heated(plan.capped(queries, keys), factors) - (hidden + within)
@@ -59,28 +59,29 @@ def lane(
 
 
 def _chosen(
-    plan: Plan,
-    queries: jax.Array,
-    keys: jax.Array,
-    sees: jax.Array,
-    seen: jax.Array,
-    first_query: jax.Array,
-    first_key: int,
+    plan: Plan, queries: jax.Array, keys: jax.Array, sees: jax.Array, first_query: jax.Array, first_key: int
 ) -> jax.Array:
-    """How strongly each valid query of a block hides each key before it: f32 [block, S]."""
-    index = first_query + jnp.arange(plan.block)
-    before = index[:, None] > first_key + jnp.arange(keys.shape[0])
-    return jnp.where(sees & before & seen[index][:, None], jax.nn.relu(queries @ keys.T), 0.0)
+    """How strongly each query of a block hides each key before it, a padded query (of zeros) none: f32 [block, S]."""
+    before = (first_query + jnp.arange(plan.block))[:, None] > first_key + jnp.arange(keys.shape[0])
+    return jnp.where(sees & before, jax.nn.relu(queries @ keys.T), 0.0)
 
 
 def _scan(step: Callable[..., Any], carry: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
     """`jax.lax.scan` that keeps O(sqrt(n)) carries for the backward pass."""
     count = jax.tree.leaves(xs)[0].shape[0]
-    inner = divisor_at_most(count, math.isqrt(count))
+    root = math.isqrt(count)
+    inner = divisor_at_most(count, root)
+    if 2 * inner < root:
+        inner = root  # and a rest, for which the step is compiled once more
 
-    def outer(carry: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
+    def several(carry: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
         return jax.lax.scan(jax.checkpoint(step), carry, xs)
 
-    folded = jax.tree.map(lambda x: x.reshape(count // inner, inner, *x.shape[1:]), xs)
-    carry, ys = jax.lax.scan(jax.checkpoint(outer), carry, folded)
-    return carry, jax.tree.map(lambda y: y.reshape(count, *y.shape[2:]), ys)
+    rest = count % inner
+    folded = jax.tree.map(lambda x: x[: count - rest].reshape(-1, inner, *x.shape[1:]), xs)
+    carry, ys = jax.lax.scan(jax.checkpoint(several), carry, folded)
+    ys = jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), ys)
+    if rest:
+        carry, more = several(carry, jax.tree.map(lambda x: x[count - rest :], xs))
+        ys = jax.tree.map(lambda *parts: jnp.concatenate(parts), ys, more)
+    return carry, ys

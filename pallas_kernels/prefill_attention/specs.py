@@ -79,3 +79,15 @@ SPECS = (
     PrefillSpec("selective", 2, 2, 3, 150, 32, lengths=(150, 90), window=60, selection=1),
     PrefillSpec("selective_by_head", 1, 2, 1, 130, 64, temperature="token", selection=2),
 )
+
+_LLAMA = (1, 8, 4, 4096, 128, "bfloat16")
+
+HARDWARE = (
+    PrefillSpec("bf16_g4", *_LLAMA),
+    PrefillSpec("bf16_g8_s32k", 1, 2, 8, 32768, 128, "bfloat16"),
+    PrefillSpec("f32_g4_h64", 1, 8, 4, 4096, 64),
+    PrefillSpec("window_softcap_h256", 1, 4, 2, 4096, 256, "bfloat16", window=1024, softcap=50.0),
+    PrefillSpec("temperature", *_LLAMA, temperature="head"),
+    PrefillSpec("selective", *_LLAMA, selection=1),
+)
+"""Workloads of real size, for the table of compiled kernels."""

@@ -8,12 +8,49 @@ import inspect
 import kvjax.cache.budget
 import kvjax.cache.codec
 import kvjax.cache.policy
-from kvjax.cache.budget import Budget, Full, Uniform
-from kvjax.cache.codec import Codec, Float8, Identity, Integer
+from kvjax.cache.budget import Budget, Full, Pyramid, Uniform
+from kvjax.cache.codec import (
+    QJL,
+    Balanced,
+    ByLayer,
+    ChannelSubset,
+    Codec,
+    Fixed,
+    Float8,
+    Identity,
+    Integer,
+    LloydMax,
+    LowRank,
+    NonUniform,
+    PerChannel,
+    Polar,
+    PolarPairs,
+    Rotated,
+    Sketched,
+)
 from kvjax.cache.layout import ring_slots
 from kvjax.cache.method import CacheMethod
 from kvjax.cache.methods import parse
-from kvjax.cache.policy import AttentionMass, Observation, Policy, Random, Recency
+from kvjax.cache.policy import (
+    AttentionMass,
+    Chunks,
+    Critical,
+    ExpectedAttention,
+    Frozen,
+    Given,
+    KeyDiff,
+    Keyformer,
+    KeyNorm,
+    Lag,
+    LastAttention,
+    Observation,
+    OverHeads,
+    Policy,
+    Predicted,
+    Random,
+    Recency,
+    Redundancy,
+)
 
 POLICIES: dict[str, Policy] = {
     "recency": Recency(),
@@ -23,7 +60,22 @@ POLICIES: dict[str, Policy] = {
     "observation": Observation(window=8),
     "observation-max": Observation(window=8, kernel=3, pool="max", reduce="max"),
     "random": Random(seed=3),
+    "key-norm": KeyNorm(),
+    "key-diff": KeyDiff(),
+    "lag": Lag(lag=8),
+    "last-attention": LastAttention(),
+    "over-heads": OverHeads(KeyDiff()),
+    "chunks": Chunks(Observation(window=8), size=5),
+    "critical": Critical(Observation(window=8)),
+    "expected-attention": ExpectedAttention(ahead=16),
+    "keyformer": Keyformer(steps=8, seed=1),
+    "frozen": Frozen(Keyformer(seed=1)),
+    "redundancy": Redundancy(window=4, kernel=3, threshold=0.2),
+    "predicted": Predicted(hidden=8),
+    "given": Given(),
 }
+# What comes with a prompt that the engine has prefilled, and no step of a layer can bring.
+NOT_DRIVEN = ("given",)
 CODECS: dict[str, Codec] = {
     "identity": Identity(),
     "int8": Integer(bits=8, axis="token", group=None, symmetric=False),
@@ -33,12 +85,30 @@ CODECS: dict[str, Codec] = {
     "int2": Integer(bits=2, axis="token", group=32, symmetric=False),
     "int4-channel": Integer(bits=4, axis="channel", group=8, symmetric=False),
     "int2-channel-symmetric": Integer(bits=2, axis="channel", group=16, symmetric=True),
+    "fixed": Fixed(bits=4),
+    "int8-static": PerChannel(Fixed(bits=8)),
+    "fp8-static": PerChannel(Float8(format="e4m3", scale="none")),
+    "balanced": Balanced(Integer(bits=2, axis="token", group=16)),
+    "subset": ChannelSubset(Integer(bits=4, axis="token", group=8), share=0.5, window=8),
+    "non-uniform-channel": NonUniform(bits=3, axis="channel"),
+    "non-uniform-token": NonUniform(bits=4, axis="token", outliers=0.05, span="head"),
+    "low-rank": LowRank(share=0.5, window=8),
+    "low-rank-int4": LowRank(Integer(bits=4, axis="channel", group=8), share=0.75, window=8),
+    "lloyd-max": LloydMax(bits=2),
+    "rotated": Rotated(LloydMax(bits=3)),
+    "sketched": Sketched(Rotated(LloydMax(bits=1))),
+    "qjl": QJL(bits=2, outliers=0),
+    "qjl-outliers": QJL(bits=2, outliers=4, group=8),
+    "polar": Polar(levels=3),
+    "polar-pairs": PolarPairs(radius_bits=4, angle_bits=2, group=8),
+    "by-layer": ByLayer((Integer(bits=4, axis="token", group=16), Integer(bits=8))),
 }
 BUDGETS: dict[str, Budget] = {
     "full": Full(),
     "tokens": Uniform(tokens_kept=24),
     "share": Uniform(share=0.5),
     "bytes": Uniform(bytes_kept=20000),
+    "pyramid": Pyramid(tokens_kept=24, beta=4.0),
 }
 
 # Named methods at sizes that bite on 64 tokens; test_laws checks that none is missing.
@@ -49,6 +119,18 @@ NAMED = (
     "streaming_llm:tokens=24,positions=renumbered",
     "h2o:tokens=24",
     "snapkv:tokens=24,window=8",
+    "knorm:tokens=24",
+    "keydiff:tokens=24",
+    "lagkv:tokens=24,lag=8",
+    "tova:tokens=24",
+    "keyformer:tokens=24",
+    "keyformer_released:tokens=24",
+    "rkv:tokens=24,every=8",
+    "kvzap:tokens=24,recent=8",
+    "pyramidkv:tokens=24,window=8",
+    "chunkkv:tokens=24,window=8,size=4",
+    "criticalkv:tokens=24,window=8",
+    "expected_attention:tokens=24",
     "kivi-4:residual=16,group=16",
     "kivi-2:residual=32",
     "int8",
@@ -56,6 +138,25 @@ NAMED = (
     "int4",
     "int3",
     "int2",
+    "kvquant-4",
+    "kvquant-3:outliers=0.05",
+    "kvquant-2:span=head",
+    "turboquant-4",
+    "turboquant-3",
+    "turboquant-2",
+    "turboquant_prod-4",
+    "turboquant_prod-3",
+    "turboquant_prod-2",
+    "qjl:residual=16,group=16,outliers=4",
+    "polarquant",
+    "polarquant_pairs:group=16",
+    "int8_channel",
+    "fp8_channel",
+    "think:window=8,recent=8",
+    "cskv:window=16",
+    "cskv:window=16,bits=4",
+    "kvtuner:table=k8v4-k4v2",
+    "kvtuner:table=k4v2,mode=token",
 )
 COMPOSED = (
     "h2o:tokens=24+int4",
@@ -65,6 +166,13 @@ COMPOSED = (
     "snapkv:share=50%,window=8,pool=max+int8:symmetric=true",
     "streaming_llm:tokens=56+kivi-2:group=16",
     "random:share=50%+int2",
+    "tova:share=50%+int4",
+    "keydiff:tokens=40,recent=8+kivi-4:group=8",
+    "keyformer:share=50%+int8",
+    "snapkv:tokens=40,window=8+turboquant-3",
+    "h2o:tokens=40,recent=0.25+int8_channel",
+    "streaming_llm:tokens=40+kvquant-4",
+    "snapkv:share=50%,window=8+think:recent=8,window=8",
 )
 
 
@@ -93,6 +201,15 @@ def _built() -> dict[str, CacheMethod]:
             recent=8,
             every=16,
         ),
+        "streaming-prefill-keydiff": CacheMethod(
+            budget=tight, policy=KeyDiff(), sinks=2, recent=4, prefill="streaming", every=1
+        ),
+        "streaming-prefill-keyformer": CacheMethod(
+            budget=tight, policy=Keyformer(), sinks=2, recent=4, prefill="streaming", every=1
+        ),
+        "every-8-redundancy-blocks": CacheMethod(
+            budget=Uniform(tokens_kept=48), policy=Redundancy(), keys=coded, recent=8, every=16
+        ),
         "renumbered-h2o": CacheMethod(budget=tight, policy=AttentionMass(), recent=8, every=1, positions="renumbered"),
         "observation-sinks": CacheMethod(budget=tight, policy=Observation(window=4, kernel=3), sinks=3, recent=6),
     }
@@ -105,6 +222,7 @@ def _parts() -> dict[str, CacheMethod]:
             budget=Uniform(tokens_kept=24), policy=policy, sinks=2, recent=8, every=1 if policy.online else None
         )
         for name, policy in POLICIES.items()
+        if name not in NOT_DRIVEN
     }
     for name, codec in CODECS.items():
         methods[f"codec-{name}"] = CacheMethod(keys=codec, values=codec, sinks=1, recent=2)

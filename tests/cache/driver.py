@@ -10,12 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax.cache.layer_cache import LayerCache
+from kvjax.cache.head_split import AnyLayer, HeadSplit, empty_layer
 from kvjax.cache.layout import CacheDims
 from kvjax.cache.method import CacheMethod
+from kvjax.cache.pool import Part, Pool
 from kvjax.cache.segment import Segment
 from kvjax.cache.step import Step
 from pallas_kernels.rope import Rope
+from tests.cache.calibrated import data_of
 from tests.oracles.row import Row
 
 THETA = 10000.0
@@ -116,7 +118,9 @@ def draw(
 def dims_of(inputs: Inputs, **changes: object) -> CacheDims:
     """The dimensions that `inputs` need."""
     batch, tokens, query_heads, head_dim = inputs.q.shape
-    dims = CacheDims(batch, inputs.k.shape[2], query_heads, head_dim, tokens, inputs.padded, "float32")
+    kv_heads = inputs.k.shape[2]
+    dims = CacheDims(batch, kv_heads, query_heads, head_dim, tokens, inputs.padded, "float32")
+    dims = dataclasses.replace(dims, width=2 * kv_heads * head_dim)
     return dataclasses.replace(dims, **changes)
 
 
@@ -128,7 +132,7 @@ class Run:
     prompt_output: jax.Array
     outputs: jax.Array
     held: jax.Array
-    cache: LayerCache
+    cache: AnyLayer
 
     def kept(self, i: int, b: int, head: int) -> list[int]:
         """The sorted positions after the prompt (i = 0) or after step i."""
@@ -141,9 +145,15 @@ def rope(head_dim: int) -> Rope:
     return Rope(jnp.asarray(frequencies, jnp.float32), jnp.float32(1.0))
 
 
+def output_projection(query_heads: int, head_dim: int, width: int) -> np.ndarray:
+    """f32 [N, H, D], always the same."""
+    return np.random.default_rng(5).standard_normal((query_heads, head_dim, width), np.float32)
+
+
 def step_of(setup: Setup, arrays: Sequence[jax.Array], lengths: jax.Array, valid: jax.Array) -> Step:
-    """The step that appends q, k, v [B, T, ...] to rows of `lengths`."""
+    """The step that appends q, k, v [B, T, ...] to rows of `lengths`; a token's keys and values are its layer input."""
     q, k, v = arrays
+    hidden = jnp.concatenate([x.reshape(*x.shape[:2], -1) for x in (k, v)], axis=-1)
     return Step(
         queries=q,
         keys=k,
@@ -151,6 +161,8 @@ def step_of(setup: Setup, arrays: Sequence[jax.Array], lengths: jax.Array, valid
         positions=lengths[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32),
         valid=valid,
         rope=rope(q.shape[-1]),
+        hidden=hidden,
+        output_projection=jnp.asarray(output_projection(*q.shape[2:], hidden.shape[-1])),
         scale=q.shape[-1] ** -0.5,
         window=setup.dims.window,
         softcap=setup.softcap,
@@ -158,15 +170,34 @@ def step_of(setup: Setup, arrays: Sequence[jax.Array], lengths: jax.Array, valid
     )
 
 
-def held(cache: LayerCache) -> jax.Array:
-    """int32 [B, K, S]: the position in every slot of all segments."""
+def held(cache: AnyLayer) -> jax.Array:
+    """int32 [B, K, S]: the position in every slot of all segments that hold tokens as they came; -1 where empty."""
+    if isinstance(cache, HeadSplit):
+        parts = [held(part) for part in cache.parts]
+        most = max(part.shape[-1] for part in parts)
+        parts = [jnp.pad(part, ((0, 0), (0, 0), (0, most - part.shape[-1])), constant_values=-1) for part in parts]
+        order = jnp.argsort(jnp.asarray([head for group in cache.heads for head in group]))
+        return jnp.concatenate(parts, axis=1)[:, order]
     heads = cache.head_index.shape[0]
-    parts = [jnp.broadcast_to(s.positions, (s.positions.shape[0], heads, s.slots)) for s in cache.segments]
-    return jnp.concatenate(parts, axis=-1)
+    found = [_by_head(segment, heads) for segment in cache.segments]
+    return jnp.concatenate([positions for positions in found if positions is not None], axis=-1)
 
 
-def poisoned(cache: LayerCache, value: jax.Array) -> LayerCache:
+def _by_head(segment: Part, heads: int) -> jax.Array | None:
+    if isinstance(segment, Pool):
+        mine = segment.owner[:, None, :, None] == jnp.arange(heads)[:, None, None]
+        positions = jnp.where(mine, segment.positions[:, None], -1)
+        return positions.reshape(*positions.shape[:2], -1)
+    if segment.weight is not None:
+        return None
+    return jnp.broadcast_to(segment.positions, (segment.positions.shape[0], heads, segment.slots))
+
+
+def poisoned(cache: AnyLayer, value: jax.Array) -> AnyLayer:
     """An empty cache whose stores hold `value`; where it is not 0 and they hold integers, ones in every bit."""
+
+    if isinstance(cache, HeadSplit):
+        return dataclasses.replace(cache, parts=tuple(poisoned(part, value) for part in cache.parts))
 
     def spoil(leaf: jax.Array) -> jax.Array:
         if jnp.issubdtype(leaf.dtype, jnp.floating):
@@ -180,14 +211,14 @@ def poisoned(cache: LayerCache, value: jax.Array) -> LayerCache:
             segment, keys=jax.tree.map(spoil, segment.keys), values=jax.tree.map(spoil, segment.values)
         )
 
-    return dataclasses.replace(
-        cache, **{name: spoil_segment(getattr(cache, name)) for name in ("sinks", "body", "recent")}
-    )
+    spoiled = {name: spoil_segment(getattr(cache, name)) for name in ("sinks", "body", "aside", "recent")}
+    pool = None if cache.pool is None else dataclasses.replace(cache.pool, pages=spoil_segment(cache.pool.pages))
+    return dataclasses.replace(cache, pool=pool, **spoiled)
 
 
 def prefill(
-    setup: Setup, cache: LayerCache, arrays: Sequence[jax.Array], lengths: jax.Array
-) -> tuple[jax.Array, LayerCache]:
+    setup: Setup, cache: AnyLayer, arrays: Sequence[jax.Array], lengths: jax.Array
+) -> tuple[jax.Array, AnyLayer]:
     """One step where the method's prefill is exact; else equal chunks, the last one padded."""
     tokens = arrays[0].shape[1]
     chunk = tokens if setup.method.prefill == "exact" else setup.chunk
@@ -195,7 +226,7 @@ def prefill(
     arrays = [jnp.pad(x, [(0, 0), (0, count * chunk - tokens), (0, 0), (0, 0)]) for x in arrays]
     chunks = [x.reshape(x.shape[0], count, chunk, *x.shape[2:]).swapaxes(0, 1) for x in arrays]
 
-    def advance(cache: LayerCache, args: tuple) -> tuple[LayerCache, jax.Array]:
+    def advance(cache: AnyLayer, args: tuple) -> tuple[AnyLayer, jax.Array]:
         start, *parts = args
         valid = start + jnp.arange(chunk) < lengths[:, None]
         output, cache = cache.step(step_of(setup, parts, cache.length, valid))
@@ -213,11 +244,12 @@ def prefill(
 
 @functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
 def _run(setup: Setup, prompt: tuple, later: tuple, lengths: jax.Array, poison: jax.Array) -> Run:
-    cache = poisoned(LayerCache.init(setup.method, setup.dims, lengths), poison)
+    cache = empty_layer(setup.method, setup.dims, lengths, data_of(setup.method, setup.dims))
+    cache = poisoned(cache, poison)
     prompt_output, cache = prefill(setup, cache, prompt, lengths)
     after_prompt = held(cache)
 
-    def decode(cache: LayerCache, arrays: tuple) -> tuple[LayerCache, tuple]:
+    def decode(cache: AnyLayer, arrays: tuple) -> tuple[AnyLayer, tuple]:
         valid = jnp.ones(arrays[0].shape[:2], bool)
         output, cache = cache.step(step_of(setup, arrays, cache.length, valid))
         return cache, (output.swapaxes(0, 1), held(cache))

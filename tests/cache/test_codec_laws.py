@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 import kvjax.cache.codec
 from kvjax.cache.codec import Codec, Float8, Identity, Integer
 from kvjax.cache.codec.scale import LIMIT
+from kvjax.cache.layout import CacheDims
 from kvjax.errors import UsageError
 from tests.cache.cases import CODECS
 
@@ -52,6 +53,11 @@ SPECIAL = {
     "largest": np.full(HEAD_DIM, np.finfo(np.float32).max),
     "wide": np.geomspace(1e-30, 1e30, HEAD_DIM),
 }
+
+
+def dims_of(head_dim: int, dtype: str = "bfloat16") -> CacheDims:
+    """Of two rows and one head."""
+    return CacheDims(2, 1, 1, head_dim, 1, 1, dtype)
 
 
 @functools.cache
@@ -181,12 +187,12 @@ def test_codes_do_not_depend_on_the_compiler(name: str) -> None:
 @pytest.mark.parametrize("name", ALL)
 def test_an_empty_store_is_zeros_of_the_layout_of_a_full_one(name: str, dtype: str) -> None:
     codec = ALL[name]
-    shape = (2, 1, 2 * codec.block, HEAD_DIM)
+    shape, dims = (2, 1, 2 * codec.block, HEAD_DIM), dims_of(HEAD_DIM, dtype)
     store = jax.eval_shape(codec.encode, jax.ShapeDtypeStruct(shape, dtype))
 
     @jax.jit
     def nothing() -> tuple[Any, jax.Array]:
-        empty = codec.empty((2, 1), 2, HEAD_DIM, jnp.dtype(dtype))
+        empty = codec.empty(dims, 2)
         return empty, codec.decode(empty)
 
     empty, decoded = nothing()
@@ -194,7 +200,7 @@ def test_an_empty_store_is_zeros_of_the_layout_of_a_full_one(name: str, dtype: s
     assert all((np.asarray(leaf) == 0).all() for leaf in jax.tree.leaves(empty))
     assert decoded.shape == shape and (np.asarray(decoded) == 0).all()
     stored_bits = 8 * sum(leaf.nbytes for leaf in jax.tree.leaves(empty))
-    assert codec.bits_per_element(HEAD_DIM, jnp.dtype(dtype)) == stored_bits / decoded.size
+    assert codec.bits_per_element(dims) == stored_bits / decoded.size
 
 
 @pytest.mark.parametrize(
@@ -213,7 +219,7 @@ def test_an_empty_store_is_zeros_of_the_layout_of_a_full_one(name: str, dtype: s
     ids=str,
 )
 def test_bits_count_the_scales(codec: Codec, expected: float) -> None:
-    assert codec.bits_per_element(128, jnp.dtype("bfloat16")) == expected
+    assert codec.bits_per_element(dims_of(128)) == expected
 
 
 @pytest.mark.parametrize("name", FLOATS)

@@ -12,41 +12,15 @@ from kvjax.cache.budget import Uniform
 from kvjax.cache.method import CacheMethod
 from kvjax.cache.policy import AttentionMass, Random, Slots
 from kvjax.typing import Array
-from tests.cache.driver import Inputs, Run, Setup, dims_of, draw, run
+from tests.cache.driver import Setup, dims_of, draw, run
+from tests.cache.faithful import GROUPED, assert_outputs, assert_same, check, inputs_of
 from tests.oracles.attention import attend
 from tests.oracles.h2o import h2o, h2o_streaming
-from tests.oracles.quantised import Coded, CodedTrace, encode, kivi, per_token
+from tests.oracles.quantised import Coded, encode, kivi, per_token
 from tests.oracles.row import Row, Trace
 from tests.oracles.scored import scored
 from tests.oracles.snapkv import snapkv
 from tests.oracles.streaming_llm import streaming_llm
-
-TOLERANCE = 1e-5
-GROUPED = pytest.mark.parametrize("query_heads", [2, 8], ids=["G=1", "G=4"])
-
-
-def inputs_of(query_heads: int, seed: int = 0) -> Inputs:
-    return draw(seed, (64, 45, 17, 1), padded=64, decoded=24, query_heads=query_heads)
-
-
-def assert_outputs(result: Run, b: int, trace: Trace | CodedTrace) -> None:
-    prompt = len(trace.prompt_output)
-    np.testing.assert_allclose(result.prompt_output[b, :prompt], trace.prompt_output, atol=TOLERANCE, rtol=0)
-    np.testing.assert_allclose(result.outputs[:, b], np.stack(trace.outputs), atol=TOLERANCE, rtol=0)
-
-
-def assert_same(result: Run, b: int, trace: Trace) -> None:
-    """Kept sets after the prompt and after every token, and all outputs, of row b."""
-    assert trace.gap > 1e-6, "the drawn scores tie: choose another seed"
-    for i, kept in enumerate(trace.kept):
-        assert [result.kept(i, b, head) for head in range(len(kept))] == [sorted(k) for k in kept], f"after token {i}"
-    assert_outputs(result, b, trace)
-
-
-def check(setup: Setup, inputs: Inputs, transcribe) -> None:
-    result = run(setup, inputs)
-    for b in range(len(inputs.lengths)):
-        assert_same(result, b, transcribe(inputs.row(b, setup)))
 
 
 @GROUPED

@@ -75,13 +75,13 @@ def prefilled(spec: str, dtype: str = "float32"):
     """The prompt's output [B, T, N, H], and the cache after the prompt (one layer)."""
     cache = empty(spec, dtype=dtype)
     out, layer = _prefill(cache[0], prompt_step())
-    return out, ModelCache((layer,), cache.prompt_lengths)
+    return out, ModelCache((layer,), cache.prompt_lengths, cache.method)
 
 
 def continued(cache: ModelCache):
     """The outputs of STEPS decode steps, and the cache after them; `cache` stays."""
     outputs, layer = _decode(cache[0], decode_steps())
-    return outputs, ModelCache((layer,), cache.prompt_lengths)
+    return outputs, ModelCache((layer,), cache.prompt_lengths, cache.method)
 
 
 @functools.cache

@@ -107,8 +107,8 @@ def test_what_lies_where() -> None:
     assert specs.body.positions == specs.body.stats == P("data", "model"), "heads hold different tokens"
     assert specs.recent.positions == P("data"), "all heads share these positions"
     assert set(jax.tree.leaves((specs.body.keys, specs.body.values))) == {P("data", "model")}
-    model = ModelCache((layer, layer), jnp.asarray(LENGTHS))
-    assert cache_specs(model, mesh) == ModelCache((specs, specs), P("data"))
+    model = ModelCache((layer, layer), jnp.asarray(LENGTHS), layer.method)
+    assert cache_specs(model, mesh) == ModelCache((specs, specs), P("data"), layer.method)
     sharded = shard_cache(model, mesh)
     assert local_bytes(sharded.layers[0].cache.body.keys) * 8 == sum(x.nbytes for x in jax.tree.leaves(layer.body.keys))
     assert sharded.nbytes == model.nbytes and sharded.planned_bytes == model.layer_bytes

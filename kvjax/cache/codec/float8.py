@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from kvjax.cache.codec.base import Codec
 from kvjax.cache.codec.scale import LIMIT, least_scale
 from kvjax.errors import unknown
-from kvjax.typing import Array
+from kvjax.typing import Array, PyTree
 from pallas_kernels.loader import Float8Loader
 from pallas_kernels.loader.float8 import FORMATS
 from pallas_kernels.rows import Rows
@@ -69,7 +69,7 @@ class Float8(Codec):
     def validate(self, head_dim: int) -> None:
         """Every head_dim can be stored."""
 
-    def encode(self, x: Array) -> Float8Store:
+    def encode(self, x: Array, params: PyTree = None) -> Float8Store:
         x = x.astype(jnp.float32)
         scale = None if self.scale == "none" else self._scale(x)
         x = jnp.where(jnp.isnan(x), 0.0, jnp.clip(x, -self.limit, self.limit))
@@ -78,7 +78,7 @@ class Float8(Codec):
         numbers = jnp.clip(x, -self._largest, self._largest).astype(FORMATS[self.format])
         return Float8Store(Rows.of(jax.lax.bitcast_convert_type(numbers, jnp.uint8)), scale)
 
-    def loader(self, store: Float8Store) -> Float8Loader:
+    def loader(self, store: Float8Store, params: PyTree = None) -> Float8Loader:
         return Float8Loader(store.codes, self.format, store.scale)
 
     def error_bound(self, store: Float8Store) -> Array:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from kvjax.cache.codec.base import Codec
-from kvjax.typing import Array
+from kvjax.typing import Array, PyTree
 from pallas_kernels.loader import DenseLoader
 
 
@@ -20,8 +20,8 @@ class Identity(Codec):
     def validate(self, head_dim: int) -> None:
         """Every head_dim can be stored."""
 
-    def encode(self, x: Array) -> Array:
+    def encode(self, x: Array, params: PyTree = None) -> Array:
         return x
 
-    def loader(self, store: Array) -> DenseLoader:
+    def loader(self, store: Array, params: PyTree = None) -> DenseLoader:
         return DenseLoader(store)

@@ -12,10 +12,12 @@ import jax.numpy as jnp
 from kvjax.cache.codec.base import Codec
 from kvjax.cache.codec.scale import LIMIT, least_scale, round_down
 from kvjax.errors import UsageError, unknown
-from kvjax.typing import Array
+from kvjax.typing import Array, PyTree
 from pallas_kernels.loader import IntegerLoader
-from pallas_kernels.packing import LOW_BITS, split
+from pallas_kernels.packing import split
 from pallas_kernels.rows import Rows
+
+BITS = (8, 4, 3, 2)
 
 
 @jax.tree_util.register_dataclass
@@ -53,7 +55,8 @@ class Integer(Codec):
       bits: 8, 4, 3 or 2.
       axis: 'token' gives each token a scale per `group` channels, in blocks of one token; 'channel' gives each
         channel a scale per `group` tokens, in blocks of `group` tokens.
-      group: elements per scale; None means all channels of a head (axis 'token') or 32 tokens (axis 'channel').
+      group: elements per scale, or the share of a head's channels (axis 'token'); None means all channels of a head
+        (axis 'token') or 32 tokens (axis 'channel').
       symmetric: codes for [-absmax, absmax] and no zero point, instead of [min, max].
 
     Raises:
@@ -62,22 +65,26 @@ class Integer(Codec):
 
     bits: int = 8
     axis: Literal["token", "channel"] = "token"
-    group: int | None = None
+    group: int | float | None = None
     symmetric: bool = False
 
     def __post_init__(self) -> None:
-        if self.bits not in LOW_BITS:
-            raise UsageError(f"Integer codes have {', '.join(map(str, LOW_BITS))} bits; got bits={self.bits!r}.")
+        if self.bits not in BITS:
+            raise UsageError(f"Integer codes have {', '.join(map(str, BITS))} bits; got bits={self.bits!r}.")
         if self.axis not in ("token", "channel"):
             raise unknown("axis of Integer", self.axis, ("token", "channel"))
-        if self.group is not None and (not isinstance(self.group, int) or self.group < 1):
-            raise UsageError(f"Integer needs a group of at least 1 element, or None; got group={self.group!r}.")
+        share = isinstance(self.group, float) and 0 < self.group <= 1 and self.axis == "token"
+        if self.group is not None and not share and (not isinstance(self.group, int) or self.group < 1):
+            raise UsageError(
+                f"Integer needs a group of at least 1 element, a share of the channels in (0, 1], or None; got "
+                f"group={self.group!r}."
+            )
         if not isinstance(self.symmetric, bool):
             raise UsageError(f"Integer's symmetric is true or false; got {self.symmetric!r}.")
 
     @property
     def block(self) -> int:
-        return 1 if self.axis == "token" else self.group or 32
+        return 1 if self.axis == "token" else int(self.group or 32)
 
     def validate(self, head_dim: int) -> None:
         together = 8 // math.gcd(8, self.bits)
@@ -93,7 +100,7 @@ class Integer(Codec):
                 f"Valid groups: {', '.join(map(str, groups))}, or None for one scale per token."
             )
 
-    def encode(self, x: Array) -> IntegerStore:
+    def encode(self, x: Array, params: PyTree = None) -> IntegerStore:
         *lead, tokens, head_dim = x.shape
         self.validate(head_dim)
         if tokens % self.block:
@@ -119,7 +126,7 @@ class Integer(Codec):
             None if high is None else Rows.of(high),
         )
 
-    def loader(self, store: IntegerStore) -> IntegerLoader:
+    def loader(self, store: IntegerStore, params: PyTree = None) -> IntegerLoader:
         return IntegerLoader(store.codes, store.scale, store.zero, self.bits, self.block, store.high)
 
     def error_bound(self, store: IntegerStore) -> Array:
@@ -140,7 +147,9 @@ class Integer(Codec):
 
     def _channels(self, head_dim: int) -> int:
         """Neighbouring channels that share a scale."""
-        return 1 if self.axis == "channel" else self.group or head_dim
+        if self.axis == "channel":
+            return 1
+        return max(1, int(head_dim * self.group)) if isinstance(self.group, float) else self.group or head_dim
 
     def _range(self, x: Array) -> tuple[Array, Array]:
         """Least and largest finite element of each scale group, within ±LIMIT; (0, 0) where nothing is finite."""

@@ -6,7 +6,8 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from kvjax.cache.policy.base import GroupReduce, Policy, Prompt, Slots, check_word
+from kvjax.cache.policy.base import GroupReduce, Policy, check_word
+from kvjax.cache.policy.seen import Prompt, Slots
 from kvjax.typing import Array
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, final, get_args
 
-import jax
-import jax.numpy as jnp
-
+from kvjax.cache.calibrated import as_calibrated
+from kvjax.cache.layout import CacheDims
+from kvjax.cache.policy.seen import Prompt, Slots, Tokens
 from kvjax.errors import UsageError
-from kvjax.typing import Array
-from pallas_kernels import attention_mass
+from kvjax.typing import Array, PyTree
+from pallas_kernels.attention_mass import GumbelNoise
 
 GroupReduce = Literal["sum", "mean", "max"]
 
@@ -23,101 +23,48 @@ def check_word(part: object, field: str, words: Any) -> None:
         raise UsageError(f"{type(part).__name__}: {field} is one of {', '.join(get_args(words))}; got {value!r}")
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Prompt:
-    """One layer's whole prompt, as a policy sees it after the exact prefill. Unused parts vanish under jit.
+class Perturbed:
+    """How a policy changes logits before it sums its own softmax of them (Keyformer); attention itself is not changed.
 
-    Attributes:
-      queries: [B, K, G, T, H], rotated. keys, values: [B, K, T, H], keys rotated.
-      log_sum_exp: f32 [B, K, G, T] of each query's softmax.
-      valid: bool [B, T]; right padding is False.
-      head_index: int32 [K], one number per (layer, head) of the whole model.
-      scale, window, softcap: as in `Step`.
+    y = (x + noise) * factor. noise: Gumbel draws, or None. factor: f32 [B, T], one per query, or None.
     """
 
-    queries: Array
-    keys: Array
-    values: Array
-    log_sum_exp: Array
-    valid: Array
-    head_index: Array
-    scale: float = dataclasses.field(metadata={"static": True})
-    window: int | None = dataclasses.field(metadata={"static": True})
-    softcap: float | None = dataclasses.field(metadata={"static": True})
-
-    @property
-    def lengths(self) -> Array:
-        """int32 [B]."""
-        return self.valid.sum(-1, dtype=jnp.int32)
-
-    @property
-    def positions(self) -> Array:
-        """int32 [B, T]."""
-        return jnp.broadcast_to(jnp.arange(self.valid.shape[1], dtype=jnp.int32), self.valid.shape)
-
-    def mass(self, reduce: GroupReduce, last: int | None = None) -> Array:
-        """Attention that every key receives: f32 [B, K, T], summed over all queries or over each row's `last` ones."""
-        queries, lse, query_positions, query_valid = self.queries, self.log_sum_exp, self.positions, self.valid
-        if last is not None:
-            query_positions = self.lengths[:, None] - last + jnp.arange(last, dtype=jnp.int32)
-            query_valid = query_positions >= 0
-            index = jnp.maximum(query_positions, 0)[:, None, None]
-            queries = jnp.take_along_axis(queries, index[..., None], axis=3)
-            lse = jnp.take_along_axis(lse, index, axis=3)
-        masses = attention_mass(
-            queries,
-            self.keys,
-            lse,
-            query_positions=query_positions,
-            key_positions=self.positions,
-            query_valid=query_valid,
-            key_valid=self.valid,
-            scale=self.scale,
-            window=self.window,
-            softcap=self.softcap,
-            reduce=reduce,
-        )
-        assert isinstance(masses, jax.Array)
-        return masses
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Slots:
-    """Tokens that compete for a place after the prompt: those in the body and the block that leaves the ring.
-
-    Attributes:
-      positions: int32 [B, K or 1, S]; -1 marks an empty slot.
-      stats: the policy's statistics, f32 [B, K, S], or None.
-      seen: int32 [B], tokens of the row whose queries the statistics hold.
-      head_index: int32 [K].
-    """
-
-    positions: Array
-    stats: Array | None
-    seen: Array
-    head_index: Array
+    noise: GumbelNoise | None = None
+    factor: Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Policy(abc.ABC):
     """A score per token. Subclasses are final; a new one is one file.
 
+    What a policy may keep, all of it optional: a *statistic* per slot, f32, that moves with the slot (the attention
+    that it has received, or a number that a token brings along), and a *state* per row and head. What it has learnt
+    beforehand is its *data*, arrays [1, K or 1, ...] that prompt, tokens and slots carry.
+
     Class attributes:
       per_head: whether heads of one layer may keep different tokens.
       online: whether scores exist after the prompt, so that tokens can compete in streaming prefill and decode.
-      mass_reduce: how attention is reduced over the G query heads where the policy keeps the attention that each
-        slot receives as a statistic; None keeps none.
-      scope: "head" (no exchange between heads).
+      streams: whether an online policy can do without the whole prompt, so that a streaming prefill may use it.
+      scope: what a score looks at: "head", or "layer" (one exchange where heads are sharded).
+      arrives_scored: whether a token brings its statistic along (`arrival`); then attention does not change it.
+      forgets: whether the attention statistic holds each row's newest query's attention alone, not the sum over all.
+      perturbs: whether attention is summed of another softmax than attention's own (`perturbed`).
+      calibrated: whether its data are learnt beforehand, by `kvjax calibrate`.
     """
 
     per_head: ClassVar[bool] = True
     online: ClassVar[bool] = True
-    scope: ClassVar[str] = "head"
+    streams: ClassVar[bool] = True
+    scope: ClassVar[Literal["head", "layer"]] = "head"
+    arrives_scored: ClassVar[bool] = False
+    forgets: ClassVar[bool] = False
+    perturbs: ClassVar[bool] = False
+    calibrated: ClassVar[bool] = False
 
     @property
     def mass_reduce(self) -> GroupReduce | None:
+        """How attention is reduced over the G query heads where the statistic is attention; None: it is not."""
         return None
 
     @property
@@ -132,3 +79,39 @@ class Policy(abc.ABC):
     @abc.abstractmethod
     def slot_scores(self, slots: Slots) -> Array:
         """f32 [B, K or 1, S] for cached tokens; the value at empty slots is not used."""
+
+    def prompt_statistics(self, prompt: Prompt) -> Array:
+        """f32 [B, K, T]: the statistics of a prompt's tokens."""
+        if self.arrives_scored:
+            return self.arrival(prompt)
+        assert self.mass_reduce is not None
+        return prompt.mass(self.mass_reduce, 1 if self.forgets else None, self.perturbed(prompt))
+
+    def arrival(self, tokens: Tokens) -> Array:
+        """f32 [B, K, T]: the statistics of new tokens, where `arrives_scored`."""
+        raise NotImplementedError(f"{type(self).__name__} gives tokens no statistic on arrival")
+
+    def initial_state(self, dims: CacheDims) -> PyTree:
+        """Leaves [B, K, ...] for an empty cache; None where there is no state."""
+        return None
+
+    def next_state(self, state: PyTree, tokens: Tokens) -> PyTree:
+        """The state after T more tokens (a whole prompt, a chunk, a decoded token)."""
+        return state
+
+    def perturbed(self, tokens: Tokens) -> Perturbed | None:
+        """The policy's own softmax, where it `perturbs`."""
+        return None
+
+    def parameter_shapes(self, dims: CacheDims) -> PyTree:
+        """ShapeDtypeStructs [1, K or 1, ...] of the data, where `calibrated`; None where there are none."""
+        return None
+
+    @final
+    def parameters(self, dims: CacheDims, data: PyTree = None) -> PyTree:
+        """The data of one layer's cache: those of the calibration, checked.
+
+        Raises:
+          UsageError: data is missing, or has other shapes.
+        """
+        return as_calibrated(self, self.parameter_shapes(dims), data, dims) if self.calibrated else None

@@ -8,7 +8,8 @@ from typing import ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
-from kvjax.cache.policy.base import GroupReduce, Policy, Prompt, Slots, check_word
+from kvjax.cache.policy.base import GroupReduce, Policy, check_word
+from kvjax.cache.policy.seen import Prompt, Slots
 from kvjax.errors import UsageError
 from kvjax.typing import Array
 

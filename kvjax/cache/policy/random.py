@@ -6,7 +6,8 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from kvjax.cache.policy.base import Policy, Prompt, Slots
+from kvjax.cache.policy.base import Policy
+from kvjax.cache.policy.seen import Prompt, Slots
 from kvjax.errors import UsageError
 from kvjax.typing import Array
 

@@ -7,7 +7,8 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
-from kvjax.cache.policy.base import Policy, Prompt, Slots
+from kvjax.cache.policy.base import Policy
+from kvjax.cache.policy.seen import Prompt, Slots
 from kvjax.typing import Array
 
 

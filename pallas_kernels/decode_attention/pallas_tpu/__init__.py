@@ -52,9 +52,8 @@ def forward(
     full = jnp.full((batch, 1), count, jnp.int32)
     lengths = full if lengths is None else jnp.minimum(lengths, count)
     slots = Slots(count, lengths, valid, positions, query_positions, bias, pages)
-    joint = _joint(keys.core, values.core, slots)
-    if joint:
-        rows = rows.reshape(batch, 1, heads * queries, -1)
+    if _joint(keys.core, values.core, slots):
+        rows = rows.reshape(_one_head(rows.shape))
         now = None if query_positions is None else jnp.tile(query_positions, (1, heads))
         slots = Slots(count, lengths, valid, positions, now, bias, pages)
     plan = make_plan(rows, keys.core, values.core, slots, window, scale, softcap, return_logits, core)
@@ -102,10 +101,22 @@ def static_schedule(spec: Any, *, steps: int, copies: bool) -> StaticSchedule:
     (q, keys, values), options = spec.abstract()
     if options["pages"] is not None:
         raise NotImplementedError("the block is that of slots in order")
-    slots = Slots(keys.count, jax.ShapeDtypeStruct((q.shape[0], 1), jnp.int32), bias=options["bias"])
+    q = jax.eval_shape(lambda q, keys: keys.to_core(q)[0], q, keys)
+    keys, values = keys.core, values.core
+    lengths = options["lengths"] or jax.ShapeDtypeStruct((q.shape[0], 1), jnp.int32)
+    masks = (options[name] for name in ("valid", "positions", "query_positions", "bias"))
+    slots = Slots(keys.count, lengths, *masks)
+    if _joint(keys, values, slots):
+        q = jax.ShapeDtypeStruct(_one_head(q.shape), q.dtype)
     names = ("window", "scale", "softcap", "return_logits")
     plan = make_plan(q, keys, values, slots, *(options[name] for name in names))
     return schedule(plan, keys, values, steps, copies)
+
+
+def _one_head(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of queries [B, K, R, H] when they are all those of one head."""
+    batch, heads, queries, dim = shape
+    return batch, 1, heads * queries, dim
 
 
 def _joint(keys: Loader, values: Loader, slots: Slots) -> bool:

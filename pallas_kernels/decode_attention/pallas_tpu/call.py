@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -148,7 +149,7 @@ class _Copies:
     specs: Any
 
     @classmethod
-    def of(cls, plan: Plan, slots: Slots, pool: int, x: jax.Array) -> _Copies:
+    def of(cls, plan: Plan, slots: Slots, count: int, x: jax.Array) -> _Copies:
         pages = slots.pages
         assert pages is not None
         many = plan.block // pages.size
@@ -161,12 +162,19 @@ class _Copies:
                 number = table[b_of, 0 if pages.table.shape[1] == 1 else k_of, at]
                 return 0 if x.shape[0] == 1 else b_of, 0 if x.shape[1] == 1 else k_of, number, *(0,) * (x.ndim - 3)
 
-            return pl.BlockSpec((1, 1, x.shape[2] * pages.size // pool, *x.shape[3:]), index)
+            return pl.BlockSpec((1, 1, x.shape[2] * pages.size // count, *x.shape[3:]), index)
 
         alone = x.shape[1] == 1 and pages.table.shape[1] == 1
         heads = range(1 if alone else plan.step_heads)
         each = [[[spec(i, h, p) for p in range(many)] for h in heads] for i in range(plan.step_rows)]
-        return cls(jax.tree.map(lambda _: x, each, is_leaf=lambda s: isinstance(s, pl.BlockSpec)), each)
+        pool = _in_hbm(x)
+        return cls(jax.tree.map(lambda _: pool, each, is_leaf=lambda s: isinstance(s, pl.BlockSpec)), each)
+
+
+def _in_hbm(x: jax.Array) -> jax.Array:
+    """`x`, which XLA leaves in HBM; what has many readers it brings into vector memory, all of it, if there is room."""
+    traced = isinstance(x, Tracer)
+    return pltpu.with_memory_space_constraint(x, pltpu.HBM) if traced else x
 
 
 def _is_copies(x: Any) -> bool:

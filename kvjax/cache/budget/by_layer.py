@@ -1,0 +1,78 @@
+"""Budgets that a table gives, layer by layer."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from kvjax.cache.budget.base import Budget, Layered
+from kvjax.cache.layout import CacheDims
+from kvjax.errors import UsageError
+from kvjax.typing import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Prefix(Layered):
+    """PrefixKV (Wang et al., 2024, arXiv:2412.03409): each layer's share of the tokens, found on sample prompts.
+
+    Attributes:
+      shares: one number per layer; only their proportions matter (`kvjax calibrate --method prefixkv` finds them).
+    """
+
+    shares: tuple[float, ...] = (1.0,)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.shares or min(self.shares) < 0 or sum(self.shares) <= 0:
+            raise UsageError(f"Prefix needs shares that are not negative, at least one above 0; got {self.shares}")
+        if self.layer is not None and len(self.shares) not in (1, self.layers):
+            raise UsageError(f"Prefix has shares for {len(self.shares)} layers; the model has {self.layers}")
+
+    def weights(self) -> np.ndarray:
+        shares = np.array(self.shares if len(self.shares) > 1 else self.shares * self.layers)
+        return shares / shares.mean()
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerTable(Budget):
+    """Another budget for some layers: SimLayerKV's lazy ones, the first layers that are left whole.
+
+    Attributes:
+      budgets: what there is to choose from.
+      table: for each layer, which of them; one entry serves all layers.
+    """
+
+    budgets: tuple[Budget, ...]
+    table: tuple[int, ...] = (0,)
+
+    def __post_init__(self) -> None:
+        if not self.table or not all(0 <= index < len(self.budgets) for index in self.table):
+            raise UsageError(f"LayerTable's table names one of {len(self.budgets)} budgets per layer; got {self.table}")
+
+    @property
+    def evicts(self) -> bool:
+        return any(budget.evicts for budget in self.budgets)
+
+    @property
+    def relative(self) -> bool:
+        return any(budget.relative for budget in self.budgets)
+
+    @property
+    def pooled(self) -> bool:
+        return any(budget.pooled for budget in self.budgets)
+
+    def tokens(self, length: int) -> int:
+        return max(budget.tokens(length) for budget in self.budgets)
+
+    def row_tokens(self, lengths: Array) -> Array:
+        raise UsageError("a LayerTable is no budget until it is asked for a layer's")
+
+    def for_layer(self, dims: CacheDims, always: int) -> Budget:
+        if len(self.table) not in (1, dims.layers):
+            raise UsageError(f"LayerTable has a table for {len(self.table)} layers; the model has {dims.layers}")
+        chosen = self.budgets[self.table[dims.layer % len(self.table)]]
+        return chosen.for_layer(dims, always)
+
+    def with_tokens(self, tokens: int) -> LayerTable:
+        return dataclasses.replace(self, budgets=tuple(b.with_tokens(tokens) for b in self.budgets))

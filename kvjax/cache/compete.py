@@ -1,0 +1,116 @@
+"""Competition for the body after the prompt: who loses a place, and what becomes of the loser."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+
+from kvjax.cache.policy import Slots, Tokens
+from kvjax.cache.segment import Segment
+from kvjax.typing import Array
+
+if TYPE_CHECKING:
+    from kvjax.cache.layer_cache import LayerCache
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Arriving:
+    """A block that has left the recent window.
+
+    Attributes:
+      keys, values: [B, K, block, H], as they are to be stored. positions: int32 [B, 1, block].
+      stats: f32 [B, K, block] or None. present: bool [B, K or 1], where there is such a block.
+    """
+
+    keys: Array
+    values: Array
+    positions: Array
+    stats: Array | None
+    present: Array
+
+
+def compete(
+    cache: LayerCache, tokens: Tokens, seen: Array, used: Array, new: Arriving
+) -> tuple[Array, Array, Segment | None, Arriving]:
+    """Frees the blocks with the lowest scores where the body is at its limit.
+
+    Args:
+      seen: as in `Slots`. used: bool [B, K or 1, M], blocks that hold tokens.
+
+    Returns:
+      The blocks that stay; whether the arriving block does; the segment aside with the losers; and the arriving block,
+      made to depend on the losers, which are read before it is written over one of them.
+    """
+    block, blocks = cache.layout.block, used.shape[-1]
+    number = 1 if cache.method.every is None else cache.method.every // block
+    room = cache.limit // block + number - 1
+    full = new.present & (used.sum(-1) >= room[:, None])
+
+    def rank() -> Array:
+        return jax.lax.top_k(-_block_scores(cache, tokens, seen, used, new), min(number, blocks + 1))[1]
+
+    if number == 1:
+        lowest = rank()
+    else:  # scores are needed at every `number`-th block only
+        none = jnp.zeros((*used.shape[:2], min(number, blocks + 1)), jnp.int32)
+        lowest = jax.lax.cond(full.any(), rank, lambda: none)
+    lost = jax.nn.one_hot(lowest, blocks + 1, dtype=jnp.bool_).any(axis=-2) & full[..., None]
+    aside, new = _surrender(cache, lowest, full, new)
+    return used & ~lost[..., :blocks], new.present & ~lost[..., blocks], aside, new
+
+
+def _block_scores(cache: LayerCache, tokens: Tokens, seen: Array, used: Array, new: Arriving) -> Array:
+    """f32 [B, K or 1, M + 1]: mean scores of the body's blocks, +inf where empty, and of the arriving one."""
+    body, policy, block = cache.body, cache.method.policy, cache.layout.block
+    assert body is not None
+    positions = jnp.broadcast_to(new.positions, (*used.shape[:2], block))
+    positions = jnp.concatenate([body.positions, positions], axis=-1)
+    keys = jnp.concatenate([body.decoded_keys, new.keys.astype(jnp.float32)], axis=2)
+    if cache.method.stores_unrotated and tokens.step.rope is not None:
+        keys = tokens.step.rope.rotate(keys, jnp.maximum(positions, 0))
+    slots = Slots(
+        positions=positions,
+        stats=None if body.stats is None or new.stats is None else jnp.concatenate([body.stats, new.stats], axis=-1),
+        seen=seen,
+        head_index=cache.head_index,
+        keys=keys,
+        values=jnp.concatenate([body.decoded_values, new.values.astype(jnp.float32)], axis=2),
+        state=cache.state,
+        data=cache.data,
+    )
+    scores = policy.slot_scores(slots)
+    scores = scores.reshape(*scores.shape[:2], -1, block).mean(-1)
+    there = jnp.concatenate([used, jnp.ones((*used.shape[:2], 1), bool)], axis=-1)
+    return jnp.where(there, scores, jnp.inf)
+
+
+def _surrender(cache: LayerCache, lowest: Array, full: Array, new: Arriving) -> tuple[Segment | None, Arriving]:
+    """Hands the losers, blocks `lowest` int32 [B, K or 1, n] where `full`, to the fate."""
+    body, block, aside = cache.body, cache.layout.block, cache.aside
+    if aside is None or body is None:
+        return aside, new
+    last = body.slots // block
+
+    def one(index: Array, aside: Segment) -> tuple[Segment, Array]:
+        keys, values, positions = body.block_at(jnp.minimum(index, last - 1), block)
+        itself = (index == last)[..., None]
+        keys = jnp.where(itself[..., None], new.keys, keys)
+        values = jnp.where(itself[..., None], new.values, values)
+        positions = jnp.where(itself, new.positions, positions)
+        return cache.method.fate.receive(aside, keys, values, positions, full), jnp.sum(keys) + jnp.sum(values)
+
+    if lowest.shape[-1] == 1:
+        aside, read = one(lowest[..., 0], aside)
+    else:
+        read = jnp.float32(0)
+        for i in range(lowest.shape[-1]):
+            aside, part = one(lowest[..., i], aside)
+            read = read + part
+    # Nothing else orders the reads of a donated store before the write: XLA would copy the store.
+    never = jnp.isnan(read) & jnp.isinf(read)
+    keys, values = (jnp.where(never, 0.0, x).astype(x.dtype) for x in (new.keys, new.values))
+    return aside, dataclasses.replace(new, keys=keys, values=values)

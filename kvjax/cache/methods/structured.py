@@ -1,0 +1,182 @@
+"""Methods that treat layers or heads differently, or keep something of what they evict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from kvjax.cache.budget import AdaptiveHeads, Full, HeadTable, LayerTable, Prefix, Uniform
+from kvjax.cache.codec import Balanced, Integer
+from kvjax.cache.fate import Compensate, Demote, Represent
+from kvjax.cache.fate.represent import Anchor
+from kvjax.cache.method import CacheMethod
+from kvjax.cache.methods.size import DEFAULT_SHARE, uniform
+from kvjax.cache.policy import AttentionMass, Observation, Recency
+
+
+def adakv(
+    tokens: int | None = None,
+    share: float | None = None,
+    bytes: int | None = None,
+    window: int = 32,
+    kernel: int = 7,
+    floor: float = 0.2,
+) -> CacheMethod:
+    """SnapKV's scores, but the heads of a layer share its tokens: the best go first, whichever head they belong to.
+
+    Paper: Feng et al., 2024, "Ada-KV: Optimizing KV Cache Eviction by Adaptive Budget Allocation" (arXiv 2407.11550),
+    algorithm 1. Window, kernel (max pool) and floor are the release's. What the heads keep lies in one packed pool, so
+    bytes fall with the budget. Under head sharding the heads of a shard share their tokens. The release compares
+    budgets that are blended with the floor and rounded; here each head's floor is kept first and the rest is chosen
+    jointly, as in kvpress.
+    """
+    if tokens is None and share is None and bytes is None:
+        share = DEFAULT_SHARE
+    return CacheMethod(
+        name="adakv",
+        budget=AdaptiveHeads(tokens_kept=tokens, share=share, bytes_kept=bytes, floor=floor),
+        policy=Observation(window=window, kernel=kernel, pool="max"),
+        recent=window,
+    )
+
+
+def mikv(
+    tokens: int | None = None,
+    share: float | None = None,
+    bytes: int | None = None,
+    bits: int = 2,
+    balance: bool = True,
+) -> CacheMethod:
+    """H2O's heavy hitters and recent tokens exactly, and every other token in 2 bits instead of nothing.
+
+    Paper: Yang et al., 2024, "No Token Left Behind: Reliable KV Cache Compression via Importance-Aware Mixed Precision
+    Quantization" (arXiv 2402.18096). There is no release. A fifth of the tokens is exact, half of them recent ones.
+    The others have `bits` and a scale and zero point per half of a head's channels; keys are balanced first by
+    sqrt(max |q| / max |k|) of the prompt, per row and channel (equation 2), which is folded into the queries.
+    """
+    if tokens is None and share is None and bytes is None:
+        share = 0.2
+    codec = Integer(bits=bits, group=0.5)
+    return CacheMethod(
+        name="mikv",
+        budget=uniform(tokens, share, bytes),
+        policy=AttentionMass(),
+        fate=Demote(keys=Balanced(codec) if balance else codec, values=codec),
+        recent=0.5,
+        every=1,
+    )
+
+
+def kvcrush(
+    tokens: int | None = None,
+    share: float | None = None,
+    bytes: int | None = None,
+    representatives: float = 0.25,
+    anchor: Anchor = "alternating",
+    window: int = 64,
+) -> CacheMethod:
+    """SnapKV, but a quarter of the places goes to representatives of the tokens that it would evict.
+
+    Paper: Jha et al., 2025, "KVCrush: Key value cache size-reduction using similarity in head-behaviour" (arXiv
+    2503.00022); a reconstruction from its description, see `kvjax.cache.fate.Represent`. It goes on top of any policy:
+    CacheMethod(..., fate=Represent()).
+    """
+    return CacheMethod(
+        name="kvcrush",
+        budget=uniform(tokens, share, bytes),
+        policy=Observation(window=window),
+        fate=Represent(share=representatives, anchor=anchor),
+        recent=window,
+    )
+
+
+def prefixkv(
+    tokens: int | None = None,
+    share: float | None = None,
+    bytes: int | None = None,
+    shares: tuple[float, ...] = (1.0,),
+    sinks: int = 4,
+) -> CacheMethod:
+    """A budget per layer, such that every layer keeps the same part of its attention; the layer's heads keep the same.
+
+    Paper: Wang et al., 2024, "PrefixKV: Adaptive Prefix KV Cache is What Vision Instruction-Following Models Need for
+    Efficient Generation" (arXiv 2412.03409). `shares` are found by calibration; without one all layers get the same.
+    Importance is summed over all queries and averaged over all heads. Decoded tokens are kept; the release evicts
+    one at a fixed distance from the end per step.
+    """
+    if tokens is None and share is None and bytes is None:
+        share = DEFAULT_SHARE
+    return CacheMethod(
+        name="prefixkv",
+        budget=Prefix(tokens_kept=tokens, share=share, bytes_kept=bytes, shares=shares),
+        policy=AttentionMass(reduce="mean"),
+        sinks=sinks,
+        recent=1,
+    )
+
+
+def razor(
+    local: int = 256,
+    sinks: int = 4,
+    table: tuple[tuple[int, ...], ...] = ((1,),),
+    weighted: bool = True,
+) -> CacheMethod:
+    """Retrieval heads keep everything; the others sinks, a local window, and one token for all that they dropped.
+
+    Paper: Tang et al., 2024, "RazorAttention: Efficient KV Cache Compression Through Retrieval Heads" (arXiv
+    2407.15891). `table` says per layer and kv head which it is (0: retrieval, 1: local); calibration finds it from echo
+    and induction scores. The paper's window is max(4000, N / 5); the release's configuration has 256.
+    """
+    return CacheMethod(
+        name="razor",
+        budget=HeadTable(budgets=(Full(), Uniform(tokens_kept=sinks + local)), table=table),
+        policy=Recency(),
+        fate=Compensate(weighted=weighted),
+        sinks=sinks,
+        recent=local,
+        every=1,
+    )
+
+
+def duo_attention(recent: int = 256, sinks: int = 128, table: tuple[tuple[int, ...], ...] = ((1,),)) -> CacheMethod:
+    """Full heads keep everything; streaming heads sinks and a recent window.
+
+    Paper: Xiao et al., 2024, "DuoAttention: Efficient Long-Context LLM Inference with Retrieval and Streaming Heads"
+    (arXiv 2410.10819). `table` says per layer and kv head which it is (0: full, 1: streaming); training gates finds it.
+    Positions are the original ones.
+    """
+    return CacheMethod(
+        name="duo_attention",
+        budget=HeadTable(budgets=(Full(), Uniform(tokens_kept=sinks + recent)), table=table),
+        policy=Recency(),
+        sinks=sinks,
+        recent=recent,
+        every=1,
+    )
+
+
+def simlayerkv(recent: int = 1024, sinks: int = 4, table: tuple[int, ...] = (1,)) -> CacheMethod:
+    """Lazy layers keep sinks and a recent window; the others everything.
+
+    Paper: Zhang et al., 2024, "SimLayerKV: A Simple Framework for Layer-Level KV Cache Reduction" (arXiv 2410.13846).
+    `table` says per layer which it is (0: whole, 1: lazy). The paper decides by the last query's attention to sinks
+    and recent window for every prompt; here slots are allocated before a prompt is seen, so calibration decides.
+    """
+    return CacheMethod(
+        name="simlayerkv",
+        budget=LayerTable(budgets=(Full(), Uniform(tokens_kept=sinks + recent)), table=table),
+        policy=Recency(),
+        sinks=sinks,
+        recent=recent,
+        every=1,
+    )
+
+
+NAMED: dict[str, Callable[..., CacheMethod]] = {
+    "adakv": adakv,
+    "mikv": mikv,
+    "kvcrush": kvcrush,
+    "prefixkv": prefixkv,
+    "razor": razor,
+    "duo_attention": duo_attention,
+    "simlayerkv": simlayerkv,
+}

@@ -1,0 +1,88 @@
+"""Keep what would change the layer's output most."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from kvjax.cache.policy.seen import Prompt, Slots, Tokens
+from kvjax.cache.policy.wrapper import Wrapper
+from kvjax.cache.prompt import group_filled, group_queries
+from kvjax.errors import UsageError
+from kvjax.typing import Array
+
+BLOCK_ELEMENTS = 1 << 20  # of a projection that exists at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Critical(Wrapper):
+    """CriticalKV (Feng et al., 2025, arXiv 2502.03805): two stages around a score s that is not negative.
+
+    The first `share` of the places goes to the best by s, the others to the best by (s + epsilon) · |W_O v|_1, the
+    mean over the query heads of a kv head of what the value adds to the layer's output.
+
+    Attributes:
+      share: of the places, for the first stage. 0.5 in the paper.
+      epsilon: 1e-4 in the release.
+    """
+
+    share: float = 0.5
+    epsilon: float = 1e-4
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share <= 1 or self.epsilon < 0:
+            raise UsageError(f"Critical needs a share in [0, 1] and epsilon >= 0; got {self.share} and {self.epsilon}")
+
+    @property
+    def per_head(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return True  # the second stage is
+
+    @property
+    def online(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return False  # two stages fill all places at once
+
+    def prompt_scores(self, prompt: Prompt) -> Array:
+        scores = self.inner.prompt_scores(prompt)
+        order = jnp.argsort(jnp.where(prompt.competing, -scores, jnp.inf), axis=-1)
+        rank = jnp.argsort(order, axis=-1)
+        first = (prompt.places * jnp.float32(self.share) + 1e-4).astype(jnp.int32)
+        weighted = (scores + self.epsilon) * projected_norms(prompt)
+        return jnp.where(rank < first[:, None, None], jnp.finfo(jnp.float32).max, weighted)
+
+    def slot_scores(self, slots: Slots) -> Array:
+        raise UsageError("CriticalKV shares out all places of a prompt at once; decoded tokens do not compete")
+
+
+def projected_norms(tokens: Tokens) -> Array:
+    """f32 [B, K, T]: |W_O v|_1, the mean over the query heads that read a kv head.
+
+    Raises:
+      UsageError: the step has no output projection.
+    """
+    step = tokens.step
+    if step.output_projection is None:
+        raise UsageError("CriticalKV needs the output projection: pass it to `attend`, or as Step.output_projection")
+    filled = jnp.asarray(group_filled(step))
+    as_queries = dataclasses.replace(step, queries=step.output_projection.transpose(2, 0, 1)[None])
+    projections = group_queries(as_queries)[0].swapaxes(2, 3)  # [K, G, H, D]
+    values = tokens.values
+    batch, heads, count, width = values.shape
+    block = max(1, min(count, BLOCK_ELEMENTS // (batch * projections.shape[-1])))
+    blocks = jnp.pad(values, ((0, 0), (0, 0), (0, -count % block), (0, 0)))
+    blocks = jnp.moveaxis(blocks.reshape(batch, heads, -1, block, width), (1, 2), (0, 1))  # [K, blocks, B, block, H]
+
+    def of_head(head: tuple[Array, Array, Array]) -> Array:
+        head_blocks, head_projections, exists = head
+
+        def of_block(block: Array) -> Array:
+            def norm(projection: Array) -> Array:
+                out = jnp.einsum("bth,hd->btd", block, projection, preferred_element_type=jnp.float32)
+                return jnp.abs(out).sum(-1)
+
+            return jnp.where(exists[:, None, None], jax.lax.map(norm, head_projections), 0.0).sum(0) / exists.sum()
+
+        return jnp.moveaxis(jax.lax.map(of_block, head_blocks), 0, 1).reshape(batch, -1)[:, :count]
+
+    return jax.lax.map(of_head, (blocks, projections, filled)).swapaxes(0, 1)

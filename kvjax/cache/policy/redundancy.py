@@ -1,0 +1,130 @@
+"""Keep what the last queries look at and no later token repeats."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from kvjax.cache.layout import CacheDims
+from kvjax.cache.policy.base import Policy
+from kvjax.cache.policy.seen import Prompt, Slots, Tokens
+from kvjax.errors import UsageError
+from kvjax.typing import Array, PyTree
+
+BLOCK_ELEMENTS = 1 << 20  # of the similarities that exist at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Redundancy(Policy):
+    """R-KV (Cai et al., 2025, arXiv 2505.24133): score = lambda · importance - (1 - lambda) · redundancy.
+
+    Importance: logits of the last `window` queries, the largest over a group's query heads; softmax over the keys
+    before the window; mean over the queries; the largest within `kernel` neighbours among the cached tokens in order of
+    time. Redundancy: each key's mean cosine to all cached keys, window included, where every key leaves out itself and
+    the newest of those that resemble it (cosine above `threshold`), so that of repetitions the last one stays; softmax.
+
+    The state is the last `window` queries, f32 [B, K, window, G, H] times the logits' scale, and their keys.
+
+    Attributes:
+      window: 8 in the release.
+      kernel: odd width of the pooling. 7 in the release.
+      mix: lambda. 0.1 in the paper, 0.07 in the code of the release.
+      threshold: 0.5 in the release.
+    """
+
+    window: int = 8
+    kernel: int = 7
+    mix: float = 0.1
+    threshold: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.window < 1 or self.kernel < 1 or self.kernel % 2 == 0 or not 0 <= self.mix <= 1:
+            raise UsageError(f"Redundancy needs window >= 1, an odd kernel >= 1 and mix in [0, 1]; got {self}")
+
+    @property
+    def least_recent(self) -> int:
+        return self.window
+
+    def initial_state(self, dims: CacheDims) -> PyTree:
+        shape = (dims.batch, dims.kv_heads, self.window)
+        group = dims.query_heads // dims.kv_heads
+        return {
+            "queries": jnp.zeros((*shape, group, dims.head_dim), jnp.float32),
+            "keys": jnp.zeros((*shape, dims.head_dim), dims.dtype),
+        }
+
+    def next_state(self, state: PyTree, tokens: Tokens) -> PyTree:
+        new = {"queries": tokens.queries.swapaxes(2, 3) * jnp.float32(tokens.step.scale), "keys": tokens.keys}
+        if new["queries"].shape[3] != state["queries"].shape[3]:
+            raise UsageError("Redundancy needs as many query heads for every kv head")
+        # Valid tokens come first, so the last `window` of old and new ones begin where the new ones end.
+        index = tokens.valid.sum(-1, dtype=jnp.int32)[:, None] + jnp.arange(self.window, dtype=jnp.int32)
+
+        def last(old: jax.Array, x: jax.Array) -> jax.Array:
+            joined = jnp.concatenate([old, x.astype(old.dtype)], axis=2)
+            return jnp.take_along_axis(joined, index.reshape(index.shape[0], 1, -1, *(1,) * (old.ndim - 3)), axis=2)
+
+        return jax.tree.map(last, state, new)
+
+    def prompt_scores(self, prompt: Prompt) -> Array:
+        state = self.next_state(prompt.state, prompt)
+        positions = jnp.where(prompt.valid, prompt.positions, -1)[:, None]
+        past = positions < prompt.lengths[:, None, None] - self.window
+        return self._scores(state, prompt.lengths, prompt.keys, positions, past & (positions >= 0))
+
+    def slot_scores(self, slots: Slots) -> Array:
+        count = slots.keys.shape[2]
+        window = slots.seen[:, None] - self.window + jnp.arange(self.window, dtype=jnp.int32)
+        window = jnp.broadcast_to(window[:, None], (*slots.positions.shape[:2], self.window))
+        positions = jnp.concatenate([slots.positions, jnp.maximum(window, -1)], axis=-1)
+        keys = jnp.concatenate([slots.keys, slots.state["keys"].astype(slots.keys.dtype)], axis=2)
+        past = (positions >= 0) & (jnp.arange(positions.shape[-1]) < count)
+        return self._scores(slots.state, slots.seen, keys, positions, past)[..., :count]
+
+    def _scores(self, state: PyTree, seen: Array, keys: Array, positions: Array, past: Array) -> Array:
+        """f32 [B, K, S] of keys [B, K, S, H] at positions int32 [B, K or 1, S] (-1: none); past: before the window."""
+        exists = positions >= 0
+        keys = jnp.where(exists[..., None], keys, 0).astype(jnp.float32)
+        redundancy = jax.nn.softmax(jnp.where(exists, self._similarity(keys, positions), -jnp.inf), axis=-1)
+        logits = jnp.einsum("bkwgh,bksh->bkwgs", state["queries"], keys).max(axis=3)
+        attention = jax.nn.softmax(jnp.where(past[:, :, None], logits, -jnp.inf), axis=-1, where=past[:, :, None])
+        looked = jnp.arange(self.window) >= self.window - seen[:, None]
+        count = jnp.maximum(looked.sum(-1), 1)[:, None, None]
+        attention = jnp.sum(attention, axis=2, where=looked[:, None, :, None]) / count
+        return self.mix * self._pooled(attention, positions, past) - (1 - self.mix) * redundancy
+
+    def _pooled(self, attention: Array, positions: Array, past: Array) -> Array:
+        """The largest among neighbours in order of time; what is not `past` is nobody's neighbour."""
+        order = jnp.argsort(jnp.where(past, positions, jnp.iinfo(jnp.int32).max), axis=-1)
+        order = jnp.broadcast_to(order, attention.shape)
+        half = self.kernel // 2
+        in_time = jnp.take_along_axis(jnp.where(past, attention, 0.0), order, axis=-1)
+        pooled = jax.lax.reduce_window(
+            in_time, -jnp.inf, jax.lax.max, (1, 1, self.kernel), (1, 1, 1), ((0, 0), (0, 0), (half, half))
+        )
+        return jnp.take_along_axis(pooled, jnp.argsort(order, axis=-1), axis=-1)
+
+    def _similarity(self, keys: Array, positions: Array) -> Array:
+        """f32 [B, K, S]: each key's mean cosine to the others, as the class says; a block of S x S at a time."""
+        batch, heads, slots, width = keys.shape
+        unit = keys / jnp.maximum(jnp.linalg.norm(keys, axis=-1, keepdims=True), 1e-8)
+        positions = jnp.broadcast_to(positions, (batch, heads, slots))
+        size = max(1, min(slots, BLOCK_ELEMENTS // (batch * heads * slots)))
+        more = -slots % size
+        rows = jnp.pad(unit, ((0, 0), (0, 0), (0, more), (0, 0))).reshape(batch, heads, -1, size, width)
+        own = jnp.pad(positions, ((0, 0), (0, 0), (0, more)), constant_values=-1).reshape(batch, heads, -1, size)
+
+        def add(total: Array, block: tuple[Array, Array]) -> tuple[Array, None]:
+            row, place = block
+            itself = place[..., None] == positions[:, :, None]  # an empty row's cosines are 0
+            cosine = jnp.where(itself, 0.0, jnp.einsum("bkrh,bksh->bkrs", row, unit))
+            alike = cosine > self.threshold
+            newest = jnp.max(positions[:, :, None], axis=-1, keepdims=True, where=alike, initial=-1)
+            charged = ~(alike & (positions[:, :, None] == newest))
+            return total + jnp.sum(cosine, axis=2, where=charged), None
+
+        blocks = (jnp.moveaxis(rows, 2, 0), jnp.moveaxis(own, 2, 0))
+        total, _ = jax.lax.scan(add, jnp.zeros((batch, heads, slots), jnp.float32), blocks)
+        return total / jnp.maximum((positions >= 0).sum(-1, keepdims=True), 1)

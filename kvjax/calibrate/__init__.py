@@ -1,0 +1,1 @@
+"""What methods must know of a model beforehand: statistics of sample texts, and what is fitted to them."""

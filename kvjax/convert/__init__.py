@@ -1,0 +1,1 @@
+"""Conversions of trained weights for the methods that need them."""
