@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from kvjax.cache.layer_cache import NO_DATA, LayerCache, LayerData
+from kvjax.cache.layer_cache import NO_DATA, LayerCache, LayerData, Phase
 from kvjax.cache.layout import CacheDims
 from kvjax.cache.method import CacheMethod
 from kvjax.cache.pool import Part
@@ -94,7 +94,11 @@ class HeadSplit:
 
     def end_prompt(self) -> HeadSplit:
         """See `LayerCache.end_prompt`."""
-        return self._with([part.end_prompt() for part in self.parts])
+        return self.in_phase("decode")
+
+    def in_phase(self, phase: Phase) -> HeadSplit:
+        """See `LayerCache.in_phase`."""
+        return self._with([part.in_phase(phase) for part in self.parts])
 
     def _with(self, parts: Sequence[LayerCache]) -> HeadSplit:
         return dataclasses.replace(self, parts=tuple(parts))

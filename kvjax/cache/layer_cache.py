@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.cache import flow
-from kvjax.cache.codec import Identity
+from kvjax.cache.codec import Codec, Identity
 from kvjax.cache.fill import fill
 from kvjax.cache.layout import CacheDims, Layout
 from kvjax.cache.method import CacheMethod
-from kvjax.cache.policy import Prompt, Tokens
+from kvjax.cache.policy import Policy, Prompt, Tokens
 from kvjax.cache.pool import Part, Pool
 from kvjax.cache.prompt import attend_prompt
 from kvjax.cache.read import read_cache
@@ -36,6 +36,17 @@ class LayerData:
 
 
 NO_DATA = LayerData()
+
+
+def blank_data(method: CacheMethod, dims: CacheDims) -> LayerData:
+    """Zeros in place of what calibration finds, for one layer of a method: the shapes that it has to have."""
+    here = method.for_layer(dims)
+
+    def zeros(part: Codec | Policy) -> PyTree:
+        shapes = part.parameter_shapes(dims) if part.calibrated else None
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+    return LayerData(zeros(here.keys), zeros(here.values), zeros(here.policy) if here.budget.evicts else None)
 
 
 @jax.tree_util.register_dataclass
@@ -177,4 +188,8 @@ class LayerCache:
 
     def end_prompt(self) -> LayerCache:
         """Marks the end of a streaming prefill: from here on what `every` says holds."""
-        return dataclasses.replace(self, phase="decode")
+        return self.in_phase("decode")
+
+    def in_phase(self, phase: Phase) -> LayerCache:
+        """This cache in another phase."""
+        return dataclasses.replace(self, phase=phase)

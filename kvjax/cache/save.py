@@ -30,7 +30,7 @@ import numpy as np
 from kvjax import __version__
 from kvjax.cache.array_folder import Shape, read_arrays, write_arrays
 from kvjax.cache.describe import from_json, to_json
-from kvjax.cache.layer_cache import Phase
+from kvjax.cache.layer_cache import Phase, blank_data
 from kvjax.cache.layout import CacheDims
 from kvjax.cache.method import CacheMethod
 from kvjax.cache.model_cache import ModelCache
@@ -121,8 +121,8 @@ def _describe(cache: ModelCache) -> dict[str, Any]:
 
 def _make(method: CacheMethod, dims: list[CacheDims], phase: Any) -> ModelCache:
     """The cache of these properties with shapes in place of arrays."""
-    cache = jax.eval_shape(lambda: ModelCache.init(method, dims))
-    return dataclasses.replace(cache, layers=tuple(dataclasses.replace(layer, phase=phase) for layer in cache.layers))
+    cache = jax.eval_shape(lambda: ModelCache.init(method, dims, data=[blank_data(method, d) for d in dims]))
+    return dataclasses.replace(cache, layers=tuple(layer.in_phase(phase) for layer in cache.layers))
 
 
 def _template(file: Path, document: Mapping[str, Any]) -> ModelCache:

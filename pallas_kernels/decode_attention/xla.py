@@ -99,7 +99,7 @@ def _dot(loader: Loader, q: jax.Array) -> jax.Array:
     """f32 [B, K, R, S]: inner products of q [B, K, R, H] with all slots."""
     queries, bias = loader.to_core(q)
     lanes, loader, rows = _arrange(loader.core, queries)
-    if loader.reads_in_place:
+    if _in_place(loader):
         logits = loader.dot(rows)
     else:
         logits = _by_chunk(loader, lanes, rows, lambda part, own, at: part.dot(own), _concatenated)
@@ -117,7 +117,7 @@ def _mix(loader: Loader, weights: jax.Array, valid: jax.Array) -> jax.Array:
         seen = _arrange_valid(valid, weights.shape[1], lanes)
         return _by_chunk(arranged, lanes, (rows, seen), lambda part, own, at: part.mix(at(own[0]), at(own[1])), _summed)
 
-    if core.reads_in_place:
+    if _in_place(core):
         # Leaving slots out costs a copy of all values. It matters only where an invalid slot holds a NaN or an
         # infinity, and then the plain sum shows it, because 0 times either is NaN.
         plain = arranged.mix(rows, None)
@@ -125,6 +125,11 @@ def _mix(loader: Loader, weights: jax.Array, valid: jax.Array) -> jax.Array:
     else:
         out = masked()
     return loader.from_core(out.reshape(*weights.shape[:3], -1), jnp.sum(weights, axis=-1, keepdims=True))
+
+
+def _in_place(loader: Loader) -> bool:
+    """Whether slots are read where they lie. Not in a dtype that is widened: XLA on a CPU would widen all at once."""
+    return loader.reads_in_place and not any(_is_narrow(leaf) for leaf in jax.tree.leaves(loader.slots))
 
 
 def _arrange(loader: Loader, rows: jax.Array) -> tuple[tuple[int, ...], Loader, jax.Array]:
@@ -173,21 +178,24 @@ def _by_chunk(
     block_elements = math.prod(lanes[1:]) * loader.block * loader.head_dim
     elements = lanes[0] * blocks * block_elements
     together, chunk = _sizes(lanes[0], blocks, 4 * block_elements, loader.granularity)
+    large = jax.tree.map(lambda x: _is_narrow(x) and 8 * x.size > elements, loader.slots)
+    # What is small, like scales, is widened before the loop: to slice bits takes longer than to decode what they scale.
+    loader = loader.with_slots(jax.tree.map(lambda x, large: x if large else _widened(x), loader.slots, large))
 
     def visit(first: Any) -> jax.Array:
         mine = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, together), own)
 
         def piece(start: Any, size: int) -> jax.Array:
-            def cut(x: jax.Array) -> jax.Array:
+            def cut(x: jax.Array, large: bool) -> jax.Array:
                 entries = x.shape[axis]  # one per slot, per block, or per row of several slots
                 begin = (first, *(0,) * (axis - 1), start * entries // blocks, *(0,) * (x.ndim - axis - 1))
                 sizes = (together, *x.shape[1:axis], size * entries // blocks, *x.shape[axis + 1 :])
-                return (_slice_bits if _widens(x, elements) else jax.lax.dynamic_slice)(x, begin, sizes)
+                return _widened(_slice_bits(x, begin, sizes)) if large else jax.lax.dynamic_slice(x, begin, sizes)
 
             def at(x: jax.Array) -> jax.Array:
                 return jax.lax.dynamic_slice_in_dim(x, start * loader.block, size * loader.block, axis=-1)
 
-            return read(loader.with_slots(jax.tree.map(cut, loader.slots)), mine, at)
+            return read(loader.with_slots(jax.tree.map(cut, loader.slots, large)), mine, at)
 
         return join(piece, blocks, chunk)
 
@@ -197,20 +205,20 @@ def _by_chunk(
     return out.reshape(lanes[0], *out.shape[2:])
 
 
-def _widens(x: jax.Array, elements: int) -> bool:
-    """Whether slicing `x` in a loop would cost much memory, where `elements` is how many numbers the loop decodes.
+def _is_narrow(x: jax.Array) -> bool:
+    """Whether `x` has a floating dtype in which this platform does not compute: one of 16 or 8 bits on a CPU."""
+    return jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize <= 2 and jax.default_backend() == "cpu"
 
-    XLA on a CPU has no arithmetic in 16- and 8-bit floating dtypes, counts a slice as such, and widens all of `x` to
-    float32 before the loop. Scales it may widen: they are few, and reading them as bits makes decoding half as fast.
-    """
-    narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize <= 2
-    return narrow and 8 * x.size > elements and jax.default_backend() == "cpu"
+
+def _widened(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.float32) if _is_narrow(x) else x
 
 
 def _slice_bits(x: jax.Array, begin: tuple[Any, ...], sizes: tuple[int, ...]) -> jax.Array:
     """`dynamic_slice` of a narrow floating dtype that widens nothing.
 
-    XLA leaves a slice of bits alone. The barrier keeps the view as bits inside the loop; outside it would be a copy.
+    XLA on a CPU counts a slice as arithmetic and would widen all of `x` before the loop. It leaves a slice of bits
+    alone. The barrier keeps the view as bits inside the loop; outside it would be a copy.
     """
     if sizes == x.shape:
         return x

@@ -26,6 +26,9 @@ import jax.numpy as jnp
 
 PyTree = Any
 
+FEW_QUERIES = 16
+"""Queries of one head up to which a CPU takes less time to transpose their products than to rearrange the keys."""
+
 
 def static() -> Any:
     return dataclasses.field(metadata={"static": True})
@@ -56,7 +59,7 @@ class Loader(abc.ABC):
 
     @abc.abstractmethod
     def with_slots(self, slots: PyTree) -> Self:
-        """This loader over other leaves of the structure of `slots`."""
+        """This loader over other leaves of the structure of `slots`, floating ones perhaps widened to float32."""
 
     @abc.abstractmethod
     def decode(self) -> jax.Array:
@@ -108,7 +111,12 @@ class Loader(abc.ABC):
 
 
 def dot(queries: jax.Array, keys: jax.Array) -> jax.Array:
-    return jnp.einsum("...rh,...sh->...rs", queries, keys, preferred_element_type=jnp.float32)
+    if queries.shape[-2] > FEW_QUERIES or jax.default_backend() != "cpu":
+        return jnp.einsum("...rh,...sh->...rs", queries, keys, preferred_element_type=jnp.float32)
+    # XLA on a CPU packs the right operand of a product: it should be the few queries, not the many keys. Without the
+    # barrier it exchanges the operands to save the transposition.
+    products = jnp.einsum("...sh,...rh->...sr", keys, queries, preferred_element_type=jnp.float32)
+    return jnp.swapaxes(jax.lax.optimization_barrier(products), -1, -2)
 
 
 def mix(weights: jax.Array, values: jax.Array) -> jax.Array:

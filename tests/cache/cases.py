@@ -7,8 +7,18 @@ import inspect
 
 import kvjax.cache.budget
 import kvjax.cache.codec
+import kvjax.cache.fate
 import kvjax.cache.policy
-from kvjax.cache.budget import Budget, Full, Pyramid, Uniform
+from kvjax.cache.budget import (
+    AdaptiveHeads,
+    Budget,
+    Full,
+    HeadTable,
+    LayerTable,
+    Prefix,
+    Pyramid,
+    Uniform,
+)
 from kvjax.cache.codec import (
     QJL,
     Balanced,
@@ -28,7 +38,8 @@ from kvjax.cache.codec import (
     Rotated,
     Sketched,
 )
-from kvjax.cache.layout import ring_slots
+from kvjax.cache.fate import Compensate, Demote, Drop, Fate, Represent
+from kvjax.cache.layout import CacheDims, ring_slots
 from kvjax.cache.method import CacheMethod
 from kvjax.cache.methods import parse
 from kvjax.cache.policy import (
@@ -109,6 +120,17 @@ BUDGETS: dict[str, Budget] = {
     "share": Uniform(share=0.5),
     "bytes": Uniform(bytes_kept=20000),
     "pyramid": Pyramid(tokens_kept=24, beta=4.0),
+    "prefix": Prefix(share=0.4),
+    "by-layer": LayerTable((Uniform(tokens_kept=24), Full()), table=(0,)),
+    "by-head": HeadTable((Full(), Uniform(tokens_kept=24)), table=((1, 0),)),
+    "heads": AdaptiveHeads(tokens_kept=24),
+}
+
+FATES: dict[str, Fate] = {
+    "drop": Drop(),
+    "demote": Demote(keys=Integer(bits=2, group=16), values=Integer(bits=2, group=16)),
+    "compensate": Compensate(),
+    "represent": Represent(share=0.5),
 }
 
 # Named methods at sizes that bite on 64 tokens; test_laws checks that none is missing.
@@ -131,6 +153,13 @@ NAMED = (
     "chunkkv:tokens=24,window=8,size=4",
     "criticalkv:tokens=24,window=8",
     "expected_attention:tokens=24",
+    "adakv:tokens=24,window=8",
+    "mikv:tokens=24",
+    "kvcrush:tokens=24,window=8",
+    "prefixkv:tokens=24",
+    "razor:local=16",
+    "duo_attention:recent=16,sinks=4",
+    "simlayerkv:recent=16",
     "kivi-4:residual=16,group=16",
     "kivi-2:residual=32",
     "int8",
@@ -224,6 +253,21 @@ def _parts() -> dict[str, CacheMethod]:
         for name, policy in POLICIES.items()
         if name not in NOT_DRIVEN
     }
+    for name, fate in FATES.items():
+        methods[f"fate-{name}"] = CacheMethod(
+            budget=Uniform(tokens_kept=24), policy=AttentionMass(), fate=fate, sinks=2, recent=8, every=4
+        )
+    methods["fate-demote-blocks"] = CacheMethod(
+        budget=Uniform(tokens_kept=48),
+        policy=AttentionMass(),
+        fate=Demote(Integer(bits=2, axis="channel", group=8), Integer(bits=2, group=16)),
+        recent=8,
+        every=8,
+    )
+    for name in ("prefix", "by-layer", "by-head", "heads"):
+        methods[f"budget-{name}"] = CacheMethod(
+            budget=BUDGETS[name], policy=Observation(window=8), values=Integer(bits=8), sinks=2, recent=8
+        )
     for name, codec in CODECS.items():
         methods[f"codec-{name}"] = CacheMethod(keys=codec, values=codec, sinks=1, recent=2)
     return methods
@@ -254,6 +298,7 @@ PARTS = (
     (kvjax.cache.policy, Policy, POLICIES),
     (kvjax.cache.codec, Codec, CODECS),
     (kvjax.cache.budget, Budget, BUDGETS),
+    (kvjax.cache.fate, Fate, FATES),
 )
 
 
@@ -263,6 +308,13 @@ def roomy(method: CacheMethod, tokens: int) -> CacheMethod:
     if method.budget.evicts:
         changes["budget"] = Uniform(tokens_kept=tokens)
     return dataclasses.replace(method, **changes)
+
+
+def by_head(method: CacheMethod, dims: CacheDims) -> list[CacheMethod]:
+    """What each kv head of a layer follows."""
+    here = method.for_layer(dims)
+    groups = here.by_head(dims) or ((tuple(range(dims.kv_heads)), here),)
+    return [next(part for heads, part in groups if head in heads) for head in range(dims.kv_heads)]
 
 
 def recent_of(method: CacheMethod, prompt: int, padded: int) -> int:

@@ -14,6 +14,7 @@ from pallas_kernels.loader import (
     CodebookLoader,
     ConcatLoader,
     DenseLoader,
+    FixedLoader,
     Float8Loader,
     IntegerLoader,
     Loader,
@@ -21,6 +22,7 @@ from pallas_kernels.loader import (
     OutlierLoader,
     RotatedLoader,
     ScaledLoader,
+    SubsetLoader,
 )
 from pallas_kernels.rope import Rope
 from pallas_kernels.rows import Rows
@@ -131,6 +133,14 @@ def float8(format: str, scaled: bool = False, fold: int = 1) -> Any:
     return make
 
 
+def fixed(bits: int, fold: int = 1) -> Any:
+    def make(size: Size) -> Stored:
+        codes, low, high = random_codes(size, bits, fold)
+        return Stored(FixedLoader(low, bits, high), codes - 2.0 ** (bits - 1))
+
+    return make
+
+
 def dense(dtype: Any = np.float32) -> Any:
     def make(size: Size) -> Stored:
         x = rounded(size.rng.normal(size=(*size.lead, size.slots, size.dim)), dtype)
@@ -146,6 +156,21 @@ def scaled(inner: Any, offset: bool = False, by_row: bool = False) -> Any:
         scale, shift = (size.rng.normal(size=shape).astype(np.float32) for _ in range(2))
         x = part.x * scale[..., None, :] + (shift[..., None, :] if offset else 0)
         return Stored(ScaledLoader(part.loader, jnp.asarray(scale), jnp.asarray(shift) if offset else None), x)
+
+    return make
+
+
+def subset(inner: Any, width: int = 32, by_row: bool = False) -> Any:
+    """`inner` holds half of the channels."""
+
+    def make(size: Size) -> Stored:
+        part = inner(size.channels(width // 2))
+        lead = (size.batch,) * by_row + (size.kv_heads,)
+        index = np.sort(size.rng.random((*lead, width)).argsort(axis=-1)[..., : width // 2], axis=-1)
+        x = np.zeros((size.batch, size.kv_heads, size.slots, width))
+        for b, k in np.ndindex(*x.shape[:2]):
+            x[b, k][:, index[b, k] if by_row else index[k]] = part.x[b, k % part.x.shape[1]]
+        return Stored(SubsetLoader(part.loader, jnp.asarray(index, jnp.int32), width), x)
 
     return make
 
@@ -200,6 +225,27 @@ def outlier(inner: Any, capacity: int = 3, block: int = 1) -> Any:
     return make
 
 
+def joint_outlier(inner: Any, capacity: int = 4, block: int = 1) -> Any:
+    """Pairs that all heads share, with channels counted through the heads."""
+
+    def make(size: Size) -> Stored:
+        part, width = inner(size), size.kv_heads * size.dim
+        index = size.rng.integers(0, block * width, (size.batch, 1, size.slots // block, capacity))
+        value = rounded(3 * size.rng.normal(size=index.shape))
+        x = np.array(np.broadcast_to(part.x, (size.batch, size.kv_heads, size.slots, size.dim)))
+        for b, m, c in np.ndindex(size.batch, *index.shape[2:]):
+            slot, channel = divmod(int(index[b, 0, m, c]), width)
+            x[b, channel // size.dim, m * block + slot, channel % size.dim] += float(value[b, 0, m, c])
+        arrays = [index.astype(np.uint16), value]
+        pairs = [
+            tuple(jnp.asarray(a[..., c]) for c in range(capacity)) if block == 1 else (jnp.asarray(a),) for a in arrays
+        ]
+        first = jnp.arange(size.kv_heads, dtype=jnp.int32) * size.dim
+        return Stored(OutlierLoader(part.loader, *pairs, block, first), x)
+
+    return make
+
+
 def concat(*parts: tuple[Any, int]) -> Any:
     """Makers with how many channels each makes."""
 
@@ -229,6 +275,11 @@ FORMATS: dict[str, Callable[[Size], Stored]] = {
     "codebook4": codebook(4),
     "codebook4-affine": codebook(4, affine=True, per_head=False),
     "codebook2-affine-shared": shared(codebook(2, affine=True)),
+    "codebook1-affine": codebook(1, affine=True),
+    "fixed8": fixed(8),
+    "scaled-fixed3": scaled(fixed(3), by_row=True),
+    "subset": subset(integer(4)),
+    "subset-by-row-shared": subset(shared(integer(8)), by_row=True),
     "e4m3": float8("e4m3"),
     "e4m3-scaled": float8("e4m3", scaled=True),
     "e5m2-scaled-shared": shared(float8("e5m2", scaled=True)),
@@ -237,6 +288,9 @@ FORMATS: dict[str, Callable[[Size], Stored]] = {
     "scaled-by-row": scaled(integer(4), offset=True, by_row=True),
     "outlier-block": outlier(integer(4, block=32), capacity=5, block=16),
     "outlier-shared": outlier(shared(integer(4))),
+    "outlier-joint": joint_outlier(integer(4)),
+    "outlier-joint-block": joint_outlier(integer(4, block=32), block=16),
+    "kvquant-layer-keys": scaled(joint_outlier(codebook(3)), offset=True),
     "kvquant-keys": KVQUANT,
     "kvquant-keys-rotated": rotated(KVQUANT),
     "kvquant-values": outlier(codebook(2, affine=True, per_head=False), capacity=1),

@@ -115,6 +115,10 @@ ARRANGED = (
     ("low-rank-rotated", "scaled-by-row"),
     ("mla-keys", "e4m3-scaled"),
     ("concat-of-blocks", "concat-of-blocks"),
+    ("kvquant-layer-keys", "outlier-joint"),
+    ("subset-by-row-shared", "scaled-fixed3"),
+    ("subset", "outlier-joint-block"),
+    ("codebook1-affine", "fixed8"),
 )
 """Formats of keys and values whose slots and leaves belong to heads in all the ways there are."""
 
@@ -220,7 +224,7 @@ def test_no_format_is_decoded_as_a_whole(name: str) -> None:
     assert memory.temp_size_in_bytes < 2 * 4 * 2 * 8 * 4096 * 128 / 8
 
 
-@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+@pytest.mark.parametrize("bits", [8, 4, 3, 2, 1])
 @given(seed=st.integers(0, 2**16))
 def test_split_codes_join_again(bits: int, seed: int) -> None:
     codes = np.random.default_rng(seed).integers(0, 2**bits, (3, 32)).astype(np.uint8)

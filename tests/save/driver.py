@@ -16,21 +16,25 @@ from kvjax.cache.methods import parse
 from kvjax.cache.model_cache import ModelCache
 from kvjax.cache.step import Step
 from pallas_kernels.rope import Rope
+from tests.cache.calibrated import data_of
 from tests.cache.cases import NAMED
+from tests.cache.driver import output_projection
 
 SPECS = (*NAMED, "h2o:tokens=24+int8")
 FAST_COMPILE = {"xla_backend_optimization_level": 0}
 
 B, K, N, H, PROMPT, STEPS = 4, 4, 8, 32, 64, 8
+WIDTH = 48
 LENGTHS = np.array([64, 31, 45, 5], np.int32)
 
 
 def dims(dtype: str = "float32", layer: int = 0) -> CacheDims:
-    return CacheDims(B, K, N, H, PROMPT + STEPS, PROMPT, dtype, layer=layer)
+    return CacheDims(B, K, N, H, PROMPT + STEPS, PROMPT, dtype, layer=layer, width=WIDTH)
 
 
 def empty(spec: str, layers: int = 1, dtype: str = "float32") -> ModelCache:
-    return ModelCache.init(parse(spec), [dims(dtype, i) for i in range(layers)], jnp.asarray(LENGTHS))
+    method, each = parse(spec), [dims(dtype, i) for i in range(layers)]
+    return ModelCache.init(method, each, jnp.asarray(LENGTHS), [data_of(method, d) for d in each])
 
 
 def rope() -> Rope:
@@ -38,10 +42,13 @@ def rope() -> Rope:
 
 
 def make_step(seed: int, positions: np.ndarray, valid: np.ndarray) -> Step:
-    """Random queries, keys and values at positions int32 [B, T]."""
+    """Random queries, keys, values and layer inputs at positions int32 [B, T]; always the same output projection."""
     rng = np.random.default_rng(seed)
     q, k, v = (rng.standard_normal((*positions.shape, heads, H), np.float32) for heads in (N, K, K))
-    return jax.tree.map(jnp.asarray, Step(q, k, v, positions, valid, rope(), scale=H**-0.5))
+    hidden = rng.standard_normal((*positions.shape, WIDTH), np.float32)
+    projection = output_projection(N, H, WIDTH)
+    step = Step(q, k, v, positions, valid, rope(), hidden, projection, scale=H**-0.5)
+    return jax.tree.map(jnp.asarray, step)
 
 
 def prompt_step() -> Step:

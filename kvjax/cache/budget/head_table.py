@@ -19,7 +19,7 @@ class HeadTable(Budget):
 
     Attributes:
       budgets: what there is to choose from; by default (all tokens, 256 tokens).
-      table: for each layer and kv head, which of them; one row serves all layers, one entry all heads of a layer.
+      table: for each layer and kv head, which of them; one row serves all layers, and a short row is repeated.
     """
 
     budgets: tuple[Budget, ...] = (Full(), Uniform(tokens_kept=256))
@@ -58,9 +58,9 @@ class HeadTable(Budget):
 
     def by_head(self, dims: CacheDims) -> tuple[tuple[tuple[int, ...], Budget], ...]:
         (row,) = self.for_layer(dims, 0).table
-        if len(row) not in (1, dims.kv_heads):
+        if dims.kv_heads % len(row):
             raise UsageError(f"HeadTable names budgets for {len(row)} heads; layer {dims.layer} has {dims.kv_heads}")
-        row = row if len(row) > 1 else row * dims.kv_heads
+        row = row * (dims.kv_heads // len(row))
         return tuple(
             (tuple(head for head, index in enumerate(row) if index == which), self.budgets[which])
             for which in sorted(set(row))

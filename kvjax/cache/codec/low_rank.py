@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from kvjax.cache.codec.base import Codec
 from kvjax.cache.codec.identity import Identity
+from kvjax.cache.codec.lloyd_max import bounded
 from kvjax.cache.codec.wrapped import Wrapped
 from kvjax.cache.layout import CacheDims
 from kvjax.errors import UsageError
@@ -27,7 +28,8 @@ class LowRank(Wrapped):
     read. Values are never rebuilt: latents are summed, and the sum is decoded.
 
     Bits per element: those of `inner` times r / (K·H). Parameters (`kvjax.convert.low_rank` gives first ones, which
-    training improves): encoder f32 [1, 1, K·H, r], decoder f32 [1, K, r, H].
+    training improves): encoder f32 [1, 1, K·H, r], decoder f32 [1, K, r, H]. Elements that are not finite: NaN counts
+    as 0, infinities saturate.
 
     Attributes:
       share: r / (K·H); r is rounded to a multiple of 8 and at least 8.
@@ -77,7 +79,7 @@ class LowRank(Wrapped):
 
     def encode(self, x: Array, params: PyTree = None) -> PyTree:
         batch, heads, tokens, dim = x.shape
-        joint = jnp.moveaxis(x, 1, 2).reshape(batch, 1, tokens, heads * dim).astype(jnp.float32)
+        joint = jnp.moveaxis(bounded(x), 1, 2).reshape(batch, 1, tokens, heads * dim)
         latent = jnp.einsum("...sc,...cr->...sr", joint, params["encoder"][0], precision="highest")
         return self._encode_inner(latent, x.dtype)
 

@@ -60,7 +60,7 @@ class Compensate(Fate):
         def mean(old: Array, new: Array) -> Array:
             new = jnp.where(lost[..., None], new.astype(jnp.float32), 0.0).sum(2, keepdims=True)
             new = new / jnp.maximum(number, 1.0)[..., None]
-            old = old.astype(jnp.float32)
+            old = jnp.where(aside.weight[..., None] > 0, old, 0.0)
             return (old + (new - old) * share[..., None]).astype(aside.keys.dtype)
 
         return dataclasses.replace(
