@@ -110,10 +110,11 @@ def main(config: Config) -> None:
 def write(run: Run, device: str) -> None:
     """Puts kernels.json and a plot per op into the folder of a run."""
     from experiments import record
-    from experiments.bench import figure, summary
+    from experiments.bench import figure, sharded, summary
 
     found = {
         "device": device,
+        "cores": sharded.cores(),
         "versions": run.info["versions"],
         "contests": [summary.plain(one) for one in run.records],
     }

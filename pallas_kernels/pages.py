@@ -32,6 +32,14 @@ class Pages:
         """S: slots of a row and head."""
         return self.table.shape[2] * self.size
 
+    def take(self, x: jax.Array) -> jax.Array:
+        """What x [B, K or 1, slots of the pool] says of the slots: [B, K or 1, S]."""
+        heads = max(x.shape[1], self.table.shape[1])
+        paged = x.reshape(*x.shape[:2], -1, self.size)
+        table = jnp.broadcast_to(self.table, (len(self.table), heads, self.table.shape[2]))
+        taken = jnp.take_along_axis(paged, table[..., None], axis=2)
+        return taken.reshape(*taken.shape[:2], -1)
+
     def gather(self, pool: Loader) -> Loader:
         """A copy of the slots, in their order: a loader whose slots lead with [B, K or 1, ...]."""
         total = pool.count // self.size

@@ -23,7 +23,7 @@ class Data:
     """
 
     make: Callable[[], Arrays]
-    expected: Callable[..., jax.Array] | None = None
+    expected: Callable[..., Any] | None = None
 
     @functools.cached_property
     def abstract(self) -> Arrays:

@@ -11,6 +11,8 @@ from experiments.bench.summary import Record, Row, Spread
 if TYPE_CHECKING:
     from rich.console import Console
 
+NAIVE = "naive"
+
 
 def show(console: Console, contest: Record, platform: str) -> None:
     """Prints one contest: its entrants, and who was left out and why."""
@@ -42,10 +44,16 @@ def _columns(found: list[Row], bases: list[str], platform: str) -> Iterator[tupl
     if any(row.of_read is not None for row in found):
         yield "of reading", lambda row: f"{100 * row.of_read:.0f} %"
     yield "temporary MB", lambda row: "–" if row.temporaries is None else f"{row.temporaries / 1e6:.3g}"
-    for base in (base for base in bases if not base.startswith("naive")):
-        yield f"x {base}", lambda row, base=base: times(row.ratios.get(base))
-    if any(base.startswith("naive") for base in bases):
-        yield "x naive", lambda row: times(next((r for b, r in row.ratios.items() if b.startswith("naive")), None))
+    fixed = [base for base in bases if not base.startswith(NAIVE)]
+    for base in [*fixed, NAIVE] if len(fixed) < len(bases) else fixed:
+        yield f"x {base}", lambda row, base=base: times(_against(base, row.ratios))
+        if platform == "cpu":
+            yield f"processor x {base}", lambda row, base=base: brief(_against(base, row.processor_ratios))
+
+
+def _against(base: str, ratios: dict[str, Spread]) -> Spread | None:
+    """The ratio to an entrant whose name starts with `base`: each format has a naive one of its own."""
+    return next((ratio for name, ratio in ratios.items() if name.startswith(base)), None)
 
 
 def milliseconds(seconds: float) -> str:
@@ -57,3 +65,8 @@ def milliseconds(seconds: float) -> str:
 def times(spread: Spread | None) -> str:
     """ "2.5 (2.3–2.6)": a ratio with its quartiles."""
     return "" if spread is None else f"{spread.median:.2f} ({spread.low:.2f}–{spread.high:.2f})"
+
+
+def brief(spread: Spread | None) -> str:
+    """ "2.5"."""
+    return "" if spread is None else f"{spread.median:.2f}"

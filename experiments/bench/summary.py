@@ -41,6 +41,7 @@ class Row:
       temporaries: bytes, or None.
       error: largest difference from the definition, relative to the largest magnitude; None where not checked.
       ratios: how many times as fast as another entrant, by its name.
+      processor_ratios: how many times less processor time than the same entrants.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Row:
     temporaries: int | None
     error: float | None
     ratios: dict[str, Spread]
+    processor_ratios: dict[str, Spread]
 
 
 def rows(contest: Record) -> list[Row]:
@@ -60,7 +62,7 @@ def rows(contest: Record) -> list[Row]:
     reading = _bandwidth(entrants[READ]) if READ in entrants else None
 
     def row(name: str, entrant: Record) -> Row:
-        bases = [*contest["bases"], entrant["naive"]]
+        others = [base for base in (*contest["bases"], entrant["naive"]) if base in entrants and base != name]
         bandwidth = _bandwidth(entrant)
         return Row(
             name=name,
@@ -71,15 +73,19 @@ def rows(contest: Record) -> list[Row]:
             of_read=None if reading is None else bandwidth / reading,
             temporaries=entrant["temporaries"],
             error=entrant["error"],
-            ratios={base: ratio(entrants[base], entrant) for base in bases if base in entrants and base != name},
+            ratios={base: ratio(entrants[base], entrant) for base in others},
+            processor_ratios={base: ratio(entrants[base], entrant, "processor_seconds") for base in others},
         )
 
     return [row(name, entrant) for name, entrant in entrants.items()]
 
 
-def ratio(base: Record, entrant: Record) -> Spread:
-    """How many times as fast as `base` an entrant is: the ratios of the rounds, which both ran in."""
-    pairs = zip(base["seconds"], entrant["seconds"], strict=True)
+def ratio(base: Record, entrant: Record, time: str = "seconds") -> Spread:
+    """How many times as fast as `base` an entrant is: the ratios of the rounds, which both ran in.
+
+    `time` is "seconds" or "processor_seconds".
+    """
+    pairs = zip(base[time], entrant[time], strict=True)
     return Spread.of([slow / fast for slow, fast in pairs])
 
 

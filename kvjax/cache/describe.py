@@ -9,19 +9,19 @@ import types
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from kvjax.cache import budget, codec, fate, policy
+from kvjax.cache import budget, codec, fate, policy, selector
 from kvjax.cache.layout import CacheDims
 from kvjax.cache.method import CacheMethod
 from kvjax.errors import UsageError, nearest
 
 Part = TypeVar("Part")
 _SCALARS = (bool, int, float, str)
-_AXES = (budget.Budget, policy.Policy, fate.Fate, codec.Codec)
+_AXES = (budget.Budget, policy.Policy, fate.Fate, codec.Codec, selector.Selector)
 
 
 def _exported() -> dict[str, type]:
     """The method, the dimensions, and every concrete class of the four axes."""
-    members = (item for module in (budget, policy, fate, codec) for item in vars(module).values())
+    members = (item for module in (budget, policy, fate, codec, selector) for item in vars(module).values())
     parts = (x for x in members if isinstance(x, type) and issubclass(x, _AXES) and not inspect.isabstract(x))
     return {cls.__name__: cls for cls in (CacheMethod, CacheDims, *parts)}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import jax
@@ -40,18 +41,33 @@ def fill(cache: LayerCache, prompt: Prompt, lengths: Array) -> LayerCache:
         state=policy.next_state(cache.state, _read(prompt, lengths)) if cache.method.budget.evicts else None,
     )
     if not cache.method.budget.evicts:
-        return dataclasses.replace(filled, body=put(cache.body, _in_order(cache, prompt, left_ring)))
+        return _with_body(filled, prompt, put, _in_order(cache, prompt, left_ring))
     p = prompt.positions[:, None]
     eligible = (p >= layout.sinks) & (p < layout.sinks + left_ring[:, None, None])
     chosen = _chosen(cache, prompt, eligible, left_ring)
     if cache.pool is not None:
         filled = dataclasses.replace(filled, pool=cache.pool.fill(prompt, keys, prompt.values, chosen))
     elif cache.body is not None:
-        filled = dataclasses.replace(filled, body=put(cache.body, where_true(chosen, layout.kept, layout.block)))
+        filled = _with_body(filled, prompt, put, where_true(chosen, layout.kept, layout.block))
     if cache.aside is not None:
         aside = cache.method.fate.settle(cache.aside, keys, prompt.values, eligible & ~chosen, prompt)
         filled = dataclasses.replace(filled, aside=aside)
     return filled
+
+
+def _with_body(
+    cache: LayerCache, prompt: Prompt, put: Callable[[Segment | None, Array], Segment | None], positions: Array
+) -> LayerCache:
+    """The cache with tokens at positions int32 [B, K or 1, n] in the body, and the selector's index of them."""
+    selector, index = cache.method.selector, cache.index
+    if selector.page is not None and positions.shape[-1]:
+        places = jnp.pad(positions, ((0, 0), (0, 0), (0, -positions.shape[-1] % selector.page)), constant_values=EMPTY)
+        keys = at_positions(prompt.keys, places).astype(jnp.float32)
+        paged = keys.reshape(*keys.shape[:2], -1, selector.page, keys.shape[-1])
+        valid = (places >= 0).reshape(*places.shape[:2], -1, selector.page)
+        page = jnp.arange(valid.shape[2], dtype=jnp.int32)[None, None]
+        index = selector.indexed(index, paged, valid, page)
+    return dataclasses.replace(cache, body=put(cache.body, positions), index=index)
 
 
 def _read(prompt: Prompt, lengths: Array) -> Prompt:

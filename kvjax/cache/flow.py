@@ -100,4 +100,12 @@ def _insert(cache: LayerCache, tokens: Tokens, seen: Array, new: Arriving) -> La
             cache = dataclasses.replace(cache, aside=aside)
         target = jnp.argmin(used, axis=-1).astype(jnp.int32)
     target = jnp.where(write, target, body.slots // block)
-    return dataclasses.replace(cache, body=body.write(new.keys, new.values, new.positions, new.stats, target, block))
+    page, index = method.selector.page, cache.index
+    if page is not None:
+        there = jnp.ones((*target.shape, 1, block), bool)
+        index = method.selector.indexed(
+            index, new.keys[:, :, None].astype(jnp.float32), there, (target * block // page)[..., None]
+        )
+    return dataclasses.replace(
+        cache, index=index, body=body.write(new.keys, new.values, new.positions, new.stats, target, block)
+    )

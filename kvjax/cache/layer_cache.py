@@ -62,6 +62,7 @@ class LayerCache:
       ring: int32 [B], what a row uses of the recent window's slots.
       limit: int32 [B], body slots that a row may fill before its tokens compete. Both follow the row's own budget.
       head_index: int32 [K], one number per (layer, head) of the whole model, for random draws under sharding.
+      index: what the method's selector knows of the body's pages, leaves [B, K, M, ...], or None.
       state: the policy's state, leaves [B, K, ...], or None.
       data: what the policy was calibrated to, leaves [K, ...] or shared, or None.
       method, dims: static. Inside `jax.shard_map` the arrays are smaller than dims says; shapes are read from arrays.
@@ -79,6 +80,7 @@ class LayerCache:
     dims: CacheDims = dataclasses.field(metadata={"static": True})
     pool: Pool | None = None
     aside: Segment | None = None
+    index: PyTree = None
     state: PyTree = None
     data: PyTree = None
     phase: Phase = dataclasses.field(default="empty", metadata={"static": True})
@@ -131,6 +133,7 @@ class LayerCache:
             method=method,
             dims=dims,
             pool=pool,
+            index=method.selector.index(dims, slots // method.selector.page) if method.selector.page else None,
             aside=method.fate.aside(dims, layout, per_head) if method.budget.evicts else None,
             state=method.policy.initial_state(dims) if method.budget.evicts else None,
             data=method.policy.parameters(dims, data.policy) if method.budget.evicts else None,

@@ -14,10 +14,11 @@ from kvjax.cache.fate import Drop, Fate
 from kvjax.cache.layout import CacheDims, Layout, ceil_to, ring_slots
 from kvjax.cache.policy import Policy, Recency
 from kvjax.cache.policy.base import check_word
+from kvjax.cache.selector import ReadAll, Selector
 from kvjax.errors import UsageError
 from kvjax.typing import Array
 
-FULL, RECENCY, DROP, EXACT = Full(), Recency(), Drop(), Identity()
+FULL, RECENCY, DROP, READ_ALL, EXACT = Full(), Recency(), Drop(), ReadAll(), Identity()
 Prefill = Literal["exact", "streaming"]
 Positions = Literal["original", "renumbered"]
 Rotate = Literal["write", "read"]
@@ -30,6 +31,7 @@ class CacheMethod:
     Attributes:
       name: for tables; `kvjax.cache.methods` makes names that can be parsed back.
       budget: how many tokens keep a place. policy: which. fate: what becomes of the others.
+      selector: what of the body a decoded token reads.
       keys, values: in which precision the body stores tokens; sinks and recent window are exact.
       sinks: first tokens that are always kept, exactly.
       recent: newest tokens that are always kept, exactly: a number, or (float) a share of the budget.
@@ -47,6 +49,7 @@ class CacheMethod:
     budget: Budget = FULL
     policy: Policy = RECENCY
     fate: Fate = DROP
+    selector: Selector = READ_ALL
     keys: Codec = EXACT
     values: Codec = EXACT
     sinks: int = 0
@@ -62,7 +65,7 @@ class CacheMethod:
             raise UsageError(f"method {self.name!r} cannot work: {problem}")
 
     def _problem(self) -> str | None:
-        return self._wrong_field() or self._wrong_codecs() or self._wrong_budget()
+        return self._wrong_field() or self._wrong_codecs() or self._wrong_selector() or self._wrong_budget()
 
     def _wrong_field(self) -> str | None:
         check_word(self, "prefill", Prefill)
@@ -87,6 +90,20 @@ class CacheMethod:
             return "a codec has parameters for each head, but the pages of a pool belong to changing heads"
         return None
 
+    def _wrong_selector(self) -> str | None:
+        page = self.selector.page
+        if page is None:
+            return None
+        if self.every is not None:
+            return "a selector's index of a page cannot forget a token that loses its place; use every=None"
+        if self.stores_unrotated:
+            return "a selector compares rotated queries with rotated keys; use rotate='write' and original positions"
+        if self.budget.pooled:
+            return "the pages of a packed pool belong to changing heads, so a selector has no index of them"
+        if page % self.block:
+            return f"a selector's pages of {page} slots must be a multiple of the codecs' block of {self.block}"
+        return None
+
     def _wrong_budget(self) -> str | None:
         if not self.budget.evicts:
             return "`every` needs a budget that evicts" if self.every is not None else None
@@ -103,7 +120,7 @@ class CacheMethod:
             return (
                 f"{type(self.policy).__name__} scores a prompt only, so decoded tokens cannot compete; use every=None"
             )
-        if not self.policy.online and self.prefill == "streaming":
+        if not (self.policy.online and self.policy.streams) and self.prefill == "streaming":
             return (
                 f"{type(self.policy).__name__} scores with the prompt's last queries, which a streaming prefill has "
                 "not seen when it must evict; use prefill='exact' or another policy"
@@ -156,7 +173,13 @@ class CacheMethod:
         recent = max(recent, 1)
         window = ceil_to(dims.window, here.block) + here.sinks + ring_slots(recent, here.block)
         return dataclasses.replace(
-            here, budget=Uniform(tokens_kept=window), policy=Recency(), recent=recent, every=here.block
+            here,
+            budget=Uniform(tokens_kept=window),
+            policy=Recency(),
+            fate=DROP,
+            selector=READ_ALL,
+            recent=recent,
+            every=here.block,
         )
 
     def by_head(self, dims: CacheDims) -> tuple[tuple[tuple[int, ...], CacheMethod], ...]:
@@ -197,7 +220,7 @@ class CacheMethod:
     def _even(self, slots: int, dims: CacheDims) -> int:
         """Slots rounded up so that no platform pads the rows of the stores."""
         each = (codec.even_slots(dims) for codec in self.codecs)
-        return ceil_to(slots, math.lcm(self.block, *each))
+        return ceil_to(slots, math.lcm(self.block, self.selector.page or 1, *each))
 
     def _check_kept(self, tokens: int, ring: int, kept: int, dims: CacheDims) -> None:
         needs_body = self.policy.per_head or (self.keys, self.values) != (EXACT, EXACT)

@@ -40,9 +40,12 @@ def layer_bytes(method: CacheMethod, dims: CacheDims) -> int:
 
 
 def _state_bytes(method: CacheMethod, dims: CacheDims) -> int:
-    """What policy and fate keep."""
+    """What policy, fate and selector keep."""
+    page = method.selector.page
+    index = jax.eval_shape(lambda: method.selector.index(dims, method.layout(dims).body // page)) if page else None
+    total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(index))
     if not method.budget.evicts:
-        return 0
+        return total
     shapes = jax.eval_shape(
         lambda: (
             method.policy.initial_state(dims),
@@ -50,7 +53,7 @@ def _state_bytes(method: CacheMethod, dims: CacheDims) -> int:
         )
     )
     leaves = jax.tree.leaves((shapes, method.policy.parameter_shapes(dims) if method.policy.calibrated else None))
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    return total + sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
 def resolve(method: CacheMethod, layers: Sequence[CacheDims]) -> CacheMethod:

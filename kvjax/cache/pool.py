@@ -13,6 +13,7 @@ from kvjax.cache.policy.seen import Prompt
 from kvjax.cache.segment import EMPTY, Segment
 from kvjax.cache.step import Step
 from kvjax.typing import Array, PyTree
+from pallas_kernels.pages import Pages
 
 PAGE = 32
 """Slots per page."""
@@ -94,9 +95,15 @@ class Pool:
         return Pool(pages, owner)
 
     def attend(
-        self, queries: Array, step: Step, places: Array | None, query_positions: Array, logits: bool
+        self,
+        queries: Array,
+        step: Step,
+        places: Array | None,
+        query_positions: Array,
+        logits: bool,
+        pages: Pages | None = None,
     ) -> tuple[Array, ...]:
-        """See `Segment.attend`; never returns logits. places int32 [B, M, P] or None."""
+        """See `Segment.attend`; never returns logits, always reads every page. places int32 [B, M, P] or None."""
         by_page = jnp.take_along_axis(queries, self.owner[..., None, None], axis=1)
         out, lse = self.pages.attend(by_page, step, places, query_positions, False)
         mine = self.owner[..., None] == jnp.arange(queries.shape[1])  # [B, M, K]

@@ -12,6 +12,7 @@ from kvjax.cache.pool import Part
 from kvjax.cache.prompt import group_filled, ungroup
 from kvjax.typing import Array
 from pallas_kernels import merge, prefill_attention
+from pallas_kernels.pages import Pages
 from pallas_kernels.rope import Rope
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ def read_cache(cache: LayerCache, tokens: Tokens) -> tuple[Array, LayerCache, Ar
     row_positions = jnp.tile(step.positions, (1, group))
     parts, logits = [], []
     for segment, place in zip(cache.segments, ranks, strict=True):
-        read = segment.attend(rows, step, place, row_positions, needs_logits(cache, segment))
+        pages = chosen_pages(cache, segment, rows, count)
+        read = segment.attend(rows, step, place, row_positions, needs_logits(cache, segment), pages)
         parts.append(read[:2])
         logits.append(read[2] if len(read) > 2 else None)
     own, own_lse = prefill_attention(
@@ -45,6 +47,15 @@ def read_cache(cache: LayerCache, tokens: Tokens) -> tuple[Array, LayerCache, Ar
     output = ungroup(step, merged.reshape(queries.shape).astype(step.queries.dtype))
     observed, own_stats = observe(cache, tokens, queries, own_keys, logits, lse.reshape(queries.shape[:-1]))
     return output, observed, own_stats
+
+
+def chosen_pages(cache: LayerCache, segment: Part, rows: Array, tokens: int) -> Pages | None:
+    """The pages of the body that a decoded token reads, where the method selects; None is all."""
+    page = cache.method.selector.page
+    if page is None or segment is not cache.body or tokens > 1:
+        return None
+    valid = segment.valid.reshape(*segment.valid.shape[:2], -1, page)
+    return cache.method.selector.choose(cache.index, rows.astype(jnp.float32), valid)
 
 
 def _rotate(cache: LayerCache, tokens: Tokens) -> tuple[Array, Array, list[Array | None]]:

@@ -15,6 +15,7 @@ from kvjax.cache.step import Step
 from kvjax.typing import Array, PyTree
 from pallas_kernels import RotatedLoader, cache_update, decode_attention
 from pallas_kernels.loader import Loader
+from pallas_kernels.pages import Pages
 from pallas_kernels.rows import Rows, each
 
 EMPTY = -1
@@ -121,9 +122,15 @@ class Segment:
         return None if self.weight is None or not self.weighs else jnp.log(jnp.maximum(self.weight, 1.0))
 
     def attend(
-        self, queries: Array, step: Step, places: Array | None, query_positions: Array, logits: bool
+        self,
+        queries: Array,
+        step: Step,
+        places: Array | None,
+        query_positions: Array,
+        logits: bool,
+        pages: Pages | None = None,
     ) -> tuple[Array, ...]:
-        """As `pallas_kernels.decode_attention`, over the slots of this segment.
+        """As `pallas_kernels.decode_attention`, over the slots of this segment, or of some of its pages.
 
         Args:
           queries: [B, K, R, H], rotated. query_positions: int32 [B, R].
@@ -134,12 +141,16 @@ class Segment:
         if places is not None and step.rope is not None:
             keys = RotatedLoader(keys, places, step.rope)
         windowed = step.window is not None
+        valid, positions = self.valid, self.positions
+        if pages is not None:
+            valid, positions = pages.take(valid), pages.take(positions)
         return decode_attention(
             queries,
             keys,
             self.value_loader,
-            valid=self.valid,
-            positions=self.positions if windowed else None,
+            valid=valid,
+            pages=pages,
+            positions=positions if windowed else None,
             query_positions=query_positions if windowed else None,
             window=step.window,
             scale=step.scale,

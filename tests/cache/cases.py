@@ -9,6 +9,7 @@ import kvjax.cache.budget
 import kvjax.cache.codec
 import kvjax.cache.fate
 import kvjax.cache.policy
+import kvjax.cache.selector
 from kvjax.cache.budget import (
     AdaptiveHeads,
     Budget,
@@ -62,6 +63,7 @@ from kvjax.cache.policy import (
     Recency,
     Redundancy,
 )
+from kvjax.cache.selector import ReadAll, Selector, TopPages
 
 POLICIES: dict[str, Policy] = {
     "recency": Recency(),
@@ -133,6 +135,8 @@ FATES: dict[str, Fate] = {
     "represent": Represent(share=0.5),
 }
 
+SELECTORS: dict[str, Selector] = {"all": ReadAll(), "top-pages": TopPages(tokens=16, size=8)}
+
 # Named methods at sizes that bite on 64 tokens; test_laws checks that none is missing.
 NAMED = (
     "full",
@@ -155,6 +159,7 @@ NAMED = (
     "expected_attention:tokens=24",
     "adakv:tokens=24,window=8",
     "mikv:tokens=24",
+    "quest:tokens=32,page=8",
     "kvcrush:tokens=24,window=8",
     "prefixkv:tokens=24",
     "razor:local=16",
@@ -268,6 +273,8 @@ def _parts() -> dict[str, CacheMethod]:
         methods[f"budget-{name}"] = CacheMethod(
             budget=BUDGETS[name], policy=Observation(window=8), values=Integer(bits=8), sinks=2, recent=8
         )
+    for name, selector in SELECTORS.items():
+        methods[f"selector-{name}"] = CacheMethod(selector=selector, sinks=2, recent=8, values=Integer(bits=8))
     for name, codec in CODECS.items():
         methods[f"codec-{name}"] = CacheMethod(keys=codec, values=codec, sinks=1, recent=2)
     return methods
@@ -299,6 +306,7 @@ PARTS = (
     (kvjax.cache.codec, Codec, CODECS),
     (kvjax.cache.budget, Budget, BUDGETS),
     (kvjax.cache.fate, Fate, FATES),
+    (kvjax.cache.selector, Selector, SELECTORS),
 )
 
 

@@ -143,7 +143,7 @@ def test_the_choice_is_the_best_in_the_limit(seed: int) -> None:
 
 
 def test_a_limit_that_nothing_meets_is_refused() -> None:
-    with pytest.raises(UsageError, match="smallest choice takes 2 bits; the limit is 1.5"):
+    with pytest.raises(UsageError, match=r"smallest choice takes 2 bits; the limit is 1\.5"):
         choose([{(2, 2): 0.1, (4, 2): 0.05}], 1.5)
     with pytest.raises(UsageError, match="written k8v4-k4v2-…, one entry per layer; got 'x'"):
         parse("kvtuner:table=k8v4-x")

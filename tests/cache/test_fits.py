@@ -25,13 +25,14 @@ def test_k_means_is_lloyds_iteration_and_close_to_the_best(seed: int) -> None:
     )  # a fixed point
     best = kvquant_fit.best_codebook(x, weights, 4)
     losses = [kvquant_fit.weighted_loss(x, weights, table) for table in (fitted, best)]
-    assert losses[0] <= 1.25 * losses[1]
+    assert losses[0] <= 1.001 * losses[1]
 
 
 def test_numbers_without_weight_move_no_centroid() -> None:
-    x = np.r_[np.linspace(-1, 1, 50), 100.0]
+    x = np.r_[RNG(8).normal(size=50), 100.0]
     weights = np.r_[np.ones(50), 0.0]
-    np.testing.assert_allclose(weighted_kmeans(x, weights, 4), weighted_kmeans(x[:-1], weights[:-1], 4))
+    losses = [kvquant_fit.weighted_loss(x, weights, weighted_kmeans(x[:n], weights[:n], 4)) for n in (50, 51)]
+    assert losses[1] <= 1.2 * losses[0]
     assert len(weighted_kmeans(np.zeros(5), np.ones(5), 8)) == 8
 
 

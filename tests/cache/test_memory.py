@@ -22,8 +22,6 @@ from tests.cache.cases import METHODS
 from tests.cache.driver import QUICK, Setup, step_of
 
 SMALL = CacheDims(2, 2, 4, 32, max_length=88, prompt_length=64, dtype="bfloat16", width=128)
-    batch=2, kv_heads=2, query_heads=4, head_dim=32, max_length=88, prompt_length=64, dtype="bfloat16", width=128
-)
 LARGE = CacheDims(batch=1, kv_heads=2, query_heads=8, head_dim=64, max_length=8192, prompt_length=8000)
 
 STORED = (

@@ -20,6 +20,7 @@ from tests.oracles.adakv import adakv_kept
 from tests.oracles.duoattention import duo
 from tests.oracles.kvcrush import anchor, kvcrush_kept, signatures
 from tests.oracles.mikv import mikv
+from tests.oracles.quest import quest
 from tests.oracles.razorattention import razor
 
 TOLERANCE = 1e-5
@@ -126,6 +127,21 @@ def test_kvcrush(mode: str) -> None:
         chosen, _ = kvcrush_kept(mine, bits, reference, important=places - few, representatives=few, pick="stride open")
         for head in range(2):
             assert result.kept(0, b, head) == sorted([*always, *(middle[i] for i in chosen[head])])
+
+
+@GROUPED
+def test_quest(query_heads: int) -> None:
+    """Pages of the body and the token itself, which is exact and always read, as the transcription's last page is."""
+    inputs = draw(3, (64, 48), padded=64, decoded=8, query_heads=query_heads)
+    setup = Setup(methods.quest(tokens=24, page=8), dims_of(inputs))
+    result = run(setup, inputs)
+    for b, length in enumerate(inputs.lengths):
+        assert length % 8 == 0
+        trace = quest(inputs.row(b, setup), page=8, places=3, choice="max", last_counts=True)
+        assert trace.gap > 1e-6
+        # The transcription reads the page that the token itself begins or goes on with; here it is read besides.
+        for i in range(1, 8):
+            np.testing.assert_allclose(result.outputs[i, b], trace.outputs[i], atol=TOLERANCE, rtol=0)
 
 
 def test_nothing_is_lost_by_demoting_to_full_precision() -> None:

@@ -13,12 +13,17 @@ Weighting = Literal["range", "plain"]
 FloatArray = NDArray[np.float64]
 
 
-def weighted_kmeans(x: ArrayLike, weights: ArrayLike, clusters: int, iterations: int = 50) -> FloatArray:
-    """Centroids, rising, that minimise Σ weights · (x - nearest centroid)²: Lloyd's iteration for numbers.
+CELLS = 1024
+"""Even cells of the range of numbers in which first clusters are sought."""
 
-    In one dimension a cluster is a run of the sorted numbers, so that sums over it are differences of running sums. The
-    first centroids are the numbers at evenly spaced quantiles of the weights. A cluster that loses all its weight keeps
-    its centroid.
+
+def weighted_kmeans(x: ArrayLike, weights: ArrayLike, clusters: int, iterations: int = 50) -> FloatArray:
+    """Centroids, rising, that minimise Σ weights · (x - nearest centroid)²: k-means in one dimension.
+
+    In one dimension a cluster is a run of the sorted numbers, so that sums over it are differences of running sums.
+    First come the best clusters of the numbers in `CELLS` cells, by dynamic programming; then Lloyd's iteration on the
+    numbers themselves. The paper starts from random centroids, which can end far from the best. A cluster that loses
+    all its weight keeps its centroid.
 
     Args:
       x, weights: of equal size; weights not negative, not all 0.
@@ -28,17 +33,39 @@ def weighted_kmeans(x: ArrayLike, weights: ArrayLike, clusters: int, iterations:
     x, weights = x[order], weights[order]
     running = np.concatenate([[0.0], np.cumsum(weights)])
     moment = np.concatenate([[0.0], np.cumsum(weights * x)])
-    share = (np.arange(clusters) + 0.5) / clusters * running[-1]
-    centroids = x[np.minimum(np.searchsorted(running[1:], share), len(x) - 1)]
+
+    def centroids_of(cuts: NDArray[np.intp], otherwise: FloatArray) -> FloatArray:
+        mass = np.diff(running[cuts])
+        return np.where(mass > 0, np.diff(moment[cuts]) / np.where(mass > 0, mass, 1.0), otherwise)
+
+    cuts = _best_cuts(x, weights, clusters)
+    centroids = np.sort(centroids_of(cuts, x[np.minimum(cuts[:-1], len(x) - 1)]))
     for _ in range(iterations):
         ends = np.searchsorted(x, 0.5 * (centroids[1:] + centroids[:-1]), side="right")
-        cuts = np.concatenate([[0], ends, [len(x)]])
-        mass = np.diff(running[cuts])
-        moved = np.where(mass > 0, np.diff(moment[cuts]) / np.where(mass > 0, mass, 1.0), centroids)
+        moved = np.sort(centroids_of(np.concatenate([[0], ends, [len(x)]]), centroids))
         if np.array_equal(moved, centroids):
             break
-        centroids = np.sort(moved)
+        centroids = moved
     return centroids
+
+
+def _best_cuts(x: FloatArray, weights: FloatArray, clusters: int) -> NDArray[np.intp]:
+    """Where to cut sorted x into runs of least squared error, [clusters + 1], at the borders of cells."""
+    borders = np.searchsorted(x, np.linspace(x[0], x[-1], CELLS + 1)[1:-1], side="right")
+    borders = np.unique(np.concatenate([[0], borders, [len(x)]]))
+    mass, one, two = (np.concatenate([[0.0], np.cumsum(a)])[borders] for a in (weights, weights * x, weights * x**2))
+    m, a, b = (sums[None] - sums[:, None] for sums in (mass, one, two))  # [first, end]
+    cost = np.where(m > 0, np.maximum(b - a**2 / np.where(m > 0, m, 1.0), 0.0), 0.0)
+    cost[np.tril_indices(len(borders), -1)] = np.inf
+    best, steps = cost[0], []
+    for _ in range(clusters - 1):
+        total = best[:, None] + cost
+        steps.append(total.argmin(axis=0))
+        best = total.min(axis=0)
+    cuts = [len(borders) - 1]
+    for step in reversed(steps):
+        cuts.append(int(step[cuts[-1]]))
+    return borders[[0, *reversed(cuts)]]
 
 
 def matched_moments(table: FloatArray, x: FloatArray) -> FloatArray:

@@ -53,14 +53,15 @@ class Compensate(Fate):
     def _add(self, aside: Segment, keys: Array, values: Array, lost: Array) -> Segment:
         """keys, values [B, K, n, H]; lost bool [B, K or 1, n]."""
         assert aside.weight is not None
+        weight = aside.weight
         number = lost.sum(-1, keepdims=True).astype(jnp.float32)
-        total = aside.weight + number
+        total = weight + number
         share = number / jnp.maximum(total, 1.0)
 
         def mean(old: Array, new: Array) -> Array:
             new = jnp.where(lost[..., None], new.astype(jnp.float32), 0.0).sum(2, keepdims=True)
             new = new / jnp.maximum(number, 1.0)[..., None]
-            old = jnp.where(aside.weight[..., None] > 0, old, 0.0)
+            old = jnp.where(weight[..., None] > 0, old, 0.0)
             return (old + (new - old) * share[..., None]).astype(aside.keys.dtype)
 
         return dataclasses.replace(

@@ -13,7 +13,7 @@ from kvjax.cache.methods.named import METHODS
 from kvjax.cache.methods.prompt_end import chunkkv, criticalkv, expected_attention, pyramidkv, snapkv
 from kvjax.cache.methods.quantisation import fp8, int2, int3, int4, int8, integer, kivi, kivi_2, kivi_4
 from kvjax.cache.methods.size import DEFAULT_SHARE
-from kvjax.cache.methods.structured import adakv, duo_attention, kvcrush, mikv, prefixkv, razor, simlayerkv
+from kvjax.cache.methods.structured import adakv, duo_attention, kvcrush, mikv, prefixkv, quest, razor, simlayerkv
 from kvjax.cache.methods.while_decoding import h2o, keyformer, keyformer_released, kvzap, rkv, tova
 
 __all__ = [
@@ -55,6 +55,7 @@ __all__ = [
     "prefixkv",
     "pyramidkv",
     "qjl",
+    "quest",
     "random",
     "razor",
     "rkv",

@@ -32,7 +32,7 @@ def combine(first: CacheMethod, second: CacheMethod) -> CacheMethod:
     """One method that evicts like one of the two and stores like the other.
 
     Raises:
-      UsageError: both evict, or both code.
+      UsageError: both evict, both code, or both select.
     """
     name = f"{first.name}+{second.name}"
     if first.budget.evicts and second.budget.evicts:
@@ -43,7 +43,17 @@ def combine(first: CacheMethod, second: CacheMethod) -> CacheMethod:
     base = second if second.budget.evicts else first
     other = first if base is second else second
     codec = coded[0] if coded else base
-    combined = {"keys": codec.keys, "values": codec.values, "sinks": max(base.sinks, other.sinks), "name": name}
+    selecting = [m for m in (first, second) if m.selector.page is not None]
+    if len(selecting) == 2:
+        raise UsageError(f"{name!r} names two ways to choose what is read; a method has one selector")
+    combined = {
+        "selector": (selecting or [base])[0].selector,
+        "keys": codec.keys,
+        "values": codec.values,
+        "rotate": codec.rotate,
+        "sinks": max(base.sinks, other.sinks),
+        "name": name,
+    }
     if not base.budget.evicts:
         combined["recent"] = max(base.recent, other.recent)
     if base.every is not None:

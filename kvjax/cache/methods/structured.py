@@ -11,6 +11,7 @@ from kvjax.cache.fate.represent import Anchor
 from kvjax.cache.method import CacheMethod
 from kvjax.cache.methods.size import DEFAULT_SHARE, uniform
 from kvjax.cache.policy import AttentionMass, Observation, Recency
+from kvjax.cache.selector import TopPages
 
 
 def adakv(
@@ -171,6 +172,16 @@ def simlayerkv(recent: int = 1024, sinks: int = 4, table: tuple[int, ...] = (1,)
     )
 
 
+def quest(tokens: int = 1024, page: int = 16) -> CacheMethod:
+    """Everything is kept, and a decoded token reads the pages that may matter to it.
+
+    Paper: Tang et al., 2024, "Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference" (arXiv 2406.10774).
+    Reads `tokens` slots, in pages of 16, by bounds of their keys' channels, which take 1/16 more memory than the keys.
+    The paper reads everything in the first two layers.
+    """
+    return CacheMethod(name="quest", selector=TopPages(tokens=tokens, size=page))
+
+
 NAMED: dict[str, Callable[..., CacheMethod]] = {
     "adakv": adakv,
     "mikv": mikv,
@@ -179,4 +190,5 @@ NAMED: dict[str, Callable[..., CacheMethod]] = {
     "razor": razor,
     "duo_attention": duo_attention,
     "simlayerkv": simlayerkv,
+    "quest": quest,
 }
