@@ -83,7 +83,7 @@ def main(config: Config) -> None:
     contests = list(plan.contests(config.op, chosen, config.format, config.rival, platform))
     if not contests:
         raise UsageError("nothing to measure: choose at least one --op")
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 180)
     with record.open_run("bench-kernels", config, out=config.out, seeds=(config.seed,)) as run:
         with track("measuring", len(contests) * config.rounds) as advance:
             while contests:

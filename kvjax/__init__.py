@@ -16,6 +16,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from kvjax.cache import methods
     from kvjax.cache.method import CacheMethod
+    from kvjax.calibration.calibrate import calibrate
+    from kvjax.engine.calibrated import Calibrated, load_calibration
     from kvjax.engine.generate import Generation, generate, prefill
     from kvjax.engine.sampling import Sampler
     from kvjax.engine.save import load_cache, save_cache
@@ -26,15 +28,18 @@ if TYPE_CHECKING:
 #: Where each public name lives, as module:name, or a module alone.
 _HOMES = {
     "CacheMethod": "kvjax.cache.method:CacheMethod",
+    "Calibrated": "kvjax.engine.calibrated:Calibrated",
     "Comparison": "kvjax.evaluation.compare:Comparison",
     "Generation": "kvjax.engine.generate:Generation",
     "LanguageModel": "kvjax.models.language_model:LanguageModel",
     "Sampler": "kvjax.engine.sampling:Sampler",
+    "calibrate": "kvjax.calibration.calibrate:calibrate",
     "compare": "kvjax.evaluation.compare:compare",
     "export": "kvjax.models.huggingface:export",
     "generate": "kvjax.engine.generate:generate",
     "load": "kvjax.models.huggingface:load",
     "load_cache": "kvjax.engine.save:load_cache",
+    "load_calibration": "kvjax.engine.calibrated:load_calibration",
     "methods": "kvjax.cache.methods",
     "prefill": "kvjax.engine.generate:prefill",
     "save_cache": "kvjax.engine.save:save_cache",
@@ -42,16 +47,19 @@ _HOMES = {
 
 __all__ = [
     "CacheMethod",
+    "Calibrated",
     "Comparison",
     "Generation",
     "LanguageModel",
     "Sampler",
     "__version__",
+    "calibrate",
     "compare",
     "export",
     "generate",
     "load",
     "load_cache",
+    "load_calibration",
     "methods",
     "prefill",
     "save_cache",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 from types import SimpleNamespace
 
 import jax
@@ -23,7 +25,7 @@ def folder(tmp_path_factory):
     """A run at tiny sizes of every op."""
     out = tmp_path_factory.mktemp("bench") / "run"
     config = bench_kernels.Config(
-        batch=(2,), context=(64,), heads=("4:2",), head_dim=(32,), format=("bf16", "int8", "kivi4"), rounds=3, out=out
+        batch=(2,), context=(64,), heads=("4:2",), head_dim=(32,), format=("bf16", "int8"), rounds=3, out=out
     )
     patch = pytest.MonkeyPatch()
     patch.setattr(plan, "HARDWARE", (UpdateSpec("token", 1, 2, 64, 32, bytes_per_slot=32),))
@@ -49,8 +51,8 @@ def test_every_op_is_measured(records):
 
 def test_decode_is_compared_with_others_and_naively(records):
     found = records["decode_attention"]["entrants"]
-    expected = {"kvjax bf16", "kvjax int8", "naive int8", "kvjax kivi4", "naive kivi4", "xla f32", "xla bf16", "read"}
-    assert expected | {"kvjax int8, positions", "jax.nn f32"} <= set(found)
+    own = {"kvjax bf16", "kvjax int8", "kvjax int8, positions", "kvjax int8, 2 devices", "naive int8"}
+    assert own | {"xla f32", "xla bf16", "jax.nn f32", "read"} <= set(found)
     assert "jax paged int8" in records["decode_attention"]["left_out"]
 
 
@@ -74,13 +76,40 @@ def test_answers_are_right(records):
 def test_the_summary_and_the_plots_are_written(folder):
     found = json.loads((folder[0] / "kernels.json").read_text())
     assert found["device"] == jax.devices()[0].device_kind
+    assert found["cores"] == len(os.sched_getaffinity(0))
     ours = next(row for row in found["contests"][0]["rows"] if row["name"] == "kvjax int8")
     assert ours["time"]["low"] <= ours["time"]["median"] <= ours["time"]["high"]
     assert ours["bandwidth"] == pytest.approx(ours["moves"] / ours["time"]["median"])
-    assert set(ours["ratios"]) == {"kvjax bf16", "xla f32", "naive int8"}
+    assert set(ours["ratios"]) == set(ours["processor_ratios"]) == {"kvjax bf16", "xla f32", "naive int8"}
     drawn = {path.name: path.read_text() for path in folder[0].glob("*.svg")}
     assert set(drawn) == {f"kernels_{one['op']}.svg" for one in found["contests"]}
     assert all("<svg" in text for text in drawn.values())
+
+
+def test_a_terminal_shows_ratios_of_both_times_on_a_cpu(records):
+    from rich.console import Console
+
+    console = Console(width=180, record=True, file=io.StringIO())
+    report.show(console, records["decode_attention"], "cpu")
+    report.show(console, records["decode_attention"], "gpu")
+    on_cpu, elsewhere = console.export_text().split("decode_attention:")[1:]
+    found = {row.name: row for row in summary.rows(records["decode_attention"])}["kvjax int8"]
+    line = next(line for line in on_cpu.splitlines() if line.strip().startswith("kvjax int8 "))
+    for base in ("xla f32", "naive int8"):
+        assert report.times(found.ratios[base]) in line
+        assert f" {found.processor_ratios[base].median:.2f} " in f"{line} "
+    assert "processor" not in elsewhere
+    assert "jax paged int8 is left out." in elsewhere
+
+
+def test_codes_are_also_decoded_naively_whatever_the_format():
+    size = decode.Size(2, 64, 4, 2, 32)
+    found = {e.name: e for e in decode.contest(size, tuple(decode.FORMATS), ()).entrants}
+    assert {name for name in found if name.startswith("naive")} == {
+        f"naive {name}" for name in ("int8", "int4", "kivi4", "int2", "kivi2")
+    }
+    assert found["kvjax kivi4"].naive == "naive kivi4"
+    assert found["kvjax f32"].naive is None
 
 
 def test_a_finished_run_measures_nothing_twice(folder, monkeypatch):
@@ -112,6 +141,8 @@ def test_short_programs_are_timed_several_times_in_a_row():
 def test_ratios_pair_the_times_of_a_round():
     slow, fast = {"seconds": [1.0, 10.0, 4.0]}, {"seconds": [0.5, 2.0, 1.0]}
     assert summary.ratio(slow, fast) == summary.Spread(4.0, 3.0, 4.5)  # of 2, 5 and 4, not of the medians
+    slow["processor_seconds"], fast["processor_seconds"] = [3.0, 6.0, 9.0], [1.0, 1.0, 1.0]
+    assert summary.ratio(slow, fast, "processor_seconds") == summary.Spread(6.0, 4.5, 7.5)
     assert summary.Spread.of([3.0]) == summary.Spread(3.0, 3.0, 3.0)
     assert report.times(summary.ratio(slow, fast)) == "4.00 (3.00–4.50)"
 

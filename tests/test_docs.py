@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 import types
@@ -15,6 +16,7 @@ import pytest
 
 from kvjax.cache.layer_cache import LayerCache
 from kvjax.cache.layout import CacheDims
+from kvjax.cache.policy import key_diff
 from kvjax.cache.step import Step
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -53,10 +55,14 @@ def test_add_a_method_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         valid=jnp.ones((2, 16), bool),
     )
     _, cache = LayerCache.init(names["method"], dims).step(step)
-    norms = jnp.linalg.norm(step.keys, axis=-1).swapaxes(1, 2)
-    body = cache.body.positions
-    kept = jnp.take_along_axis(norms, jnp.maximum(body, 0), axis=2).max(-1, where=body >= 0, initial=0)
-    candidates = jnp.arange(2, 12)
-    lost = jnp.where(~(candidates[None, None, :, None] == body[:, :, None]).any(-1), norms[:, :, 2:12], jnp.inf).min(-1)
-    assert (body >= 0).sum() == 2 * 2 * 2, "8 tokens: 2 sinks, 4 recent, 2 in the body of each head"
-    assert (kept <= lost).all()
+    body = np.asarray(cache.body.positions)
+    for b, k in np.ndindex(2, 2):
+        unit = np.asarray(step.keys[b, :, k], np.float64)
+        unit /= np.linalg.norm(unit, axis=-1, keepdims=True)
+        candidates = list(range(2, 12))
+        best = sorted(candidates, key=lambda p: unit[p] @ unit.mean(0))[:2]
+        assert sorted(p for p in body[b, k] if p >= 0) == sorted(best), "8 tokens: 2 sinks, 4 recent, 2 in the body"
+
+
+def test_the_policy_of_the_page_is_the_one_of_the_tree() -> None:
+    assert inspect.getsource(key_diff).strip() in (DOCS / "add_a_method.md").read_text()

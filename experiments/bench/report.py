@@ -38,17 +38,17 @@ def _columns(found: list[Row], bases: list[str], platform: str) -> Iterator[tupl
     yield "ms", lambda row: milliseconds(row.time.median)
     yield "quartiles", lambda row: f"{milliseconds(row.time.low)} – {milliseconds(row.time.high)}"
     if platform == "cpu":
-        yield "processor ms", lambda row: milliseconds(row.processor)
-    yield "moved MB", lambda row: f"{row.moves / 1e6:.3g}"
+        yield "processor\nms", lambda row: milliseconds(row.processor)
+    yield "moved\nMB", lambda row: f"{row.moves / 1e6:.3g}"
     yield "GB/s", lambda row: f"{row.bandwidth / 1e9:.3g}"
     if any(row.of_read is not None for row in found):
-        yield "of reading", lambda row: f"{100 * row.of_read:.0f} %"
-    yield "temporary MB", lambda row: "–" if row.temporaries is None else f"{row.temporaries / 1e6:.3g}"
+        yield "of\nreading", lambda row: f"{100 * row.of_read:.0f} %"
+    yield "temporary\nMB", lambda row: "–" if row.temporaries is None else f"{row.temporaries / 1e6:.3g}"
     fixed = [base for base in bases if not base.startswith(NAIVE)]
     for base in [*fixed, NAIVE] if len(fixed) < len(bases) else fixed:
         yield f"x {base}", lambda row, base=base: times(_against(base, row.ratios))
         if platform == "cpu":
-            yield f"processor x {base}", lambda row, base=base: brief(_against(base, row.processor_ratios))
+            yield "processor\nx", lambda row, base=base: brief(_against(base, row.processor_ratios))
 
 
 def _against(base: str, ratios: dict[str, Spread]) -> Spread | None:

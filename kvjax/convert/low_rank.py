@@ -3,7 +3,7 @@
 The paper's latent is c = x A of the layer's input x [D], and k = c B is rebuilt from it. Here the latent is made of the
 key: c = k E. Nothing is lost. A = W E is what x then goes through, where W [D, K·H] is the projection with k = x W; and
 because k is a linear function of x, the rank-r map of x that rebuilds k best is a rank-r map of k: its principal
-directions. Both factors below have this form, A = W E. A factor A that is trained as a matrix of its own can leave the
+directions. All factors below have this form, A = W E. A factor A that is trained as a matrix of its own can leave the
 span of W only where K·H < D (grouped heads), and gains nothing there. Where W has full column rank, E belongs to its A
 alone: E = pinv(W) A. The bias of a projection, if there is one, is part of k and coded with it.
 """
@@ -53,6 +53,28 @@ def activation_factors(weights: ArrayLike, magnitude: ArrayLike, rank: int, alph
     return _factors(weights * scale[:, None, None], rank)
 
 
+def principal_factors(moments: ArrayLike, rank: int) -> Factors:
+    """Factors of least squared error in the keys (or values) of sample texts: their principal directions.
+
+    No other pair of matrices of this rank rebuilds those texts better, so it is also where the paper's layer-wise
+    training ends if latents are exact.
+
+    Args:
+      moments: [K, H, K, H], the mean of k kᵀ over tokens; all heads of a token together.
+
+    Returns, Raises: as `singular_factors`.
+    """
+    moments = np.asarray(moments, np.float64)
+    heads, dim = moments.shape[:2]
+    _check_rank(rank, heads * dim, (heads, dim))
+    _, vectors = np.linalg.eigh(moments.reshape(heads * dim, heads * dim))
+    basis = vectors[:, ::-1][:, :rank]
+    return {
+        "encoder": basis[None, None].astype(np.float32),
+        "decoder": basis.T.reshape(rank, heads, dim).swapaxes(0, 1)[None].astype(np.float32),
+    }
+
+
 def input_factor(weights: ArrayLike, encoder: ArrayLike) -> NDArray[np.float64]:
     """A [D, r] = W E: what the layer's input goes through, in the paper's form. encoder: [1, 1, K·H, r]."""
     weights = np.asarray(weights, np.float64)
@@ -62,8 +84,7 @@ def input_factor(weights: ArrayLike, encoder: ArrayLike) -> NDArray[np.float64]:
 def _factors(weights: NDArray[np.float64], rank: int) -> Factors:
     """Of weights that are scaled already: their scale is undone by applying the encoder to keys instead."""
     inputs, heads, dim = weights.shape
-    if not 0 < rank <= min(inputs, heads * dim):
-        raise UsageError(f"a projection of shape {weights.shape} has ranks 1 to {min(inputs, heads * dim)}; got {rank}")
+    _check_rank(rank, min(inputs, heads * dim), weights.shape)
     _, values, right = np.linalg.svd(weights.reshape(inputs, heads * dim), full_matrices=False)
     root, right = np.sqrt(values[:rank]), right[:rank]
     safe = np.where(root > 0, root, 1.0)
@@ -73,3 +94,8 @@ def _factors(weights: NDArray[np.float64], rank: int) -> Factors:
         "encoder": encoder[None, None].astype(np.float32),
         "decoder": decoder.swapaxes(0, 1)[None].astype(np.float32),
     }
+
+
+def _check_rank(rank: int, most: int, shape: tuple[int, ...]) -> None:
+    if not 0 < rank <= most:
+        raise UsageError(f"a projection of shape {shape} has ranks 1 to {most}; got {rank}")

@@ -10,6 +10,7 @@ import numpy as np
 
 from kvjax.cache.method import CacheMethod
 from kvjax.engine import prefill as engine_prefill
+from kvjax.engine.calibrated import Calibrated
 from kvjax.engine.decode import DecodeState, decode
 from kvjax.engine.prefill import Context, bucket, extend, pad
 from kvjax.engine.request import SEEDS, Prompt, as_count, as_method, as_rows, as_stop_ids, check_kind
@@ -52,7 +53,7 @@ class Generation:
 def prefill(
     model: LanguageModel,
     prompt: Prompt | Sequence[Prompt],
-    method: str | CacheMethod = "full",
+    method: str | CacheMethod | Calibrated = "full",
     *,
     reserve: int = 256,
     dtype: str = "bfloat16",
@@ -61,7 +62,7 @@ def prefill(
 
     Args:
       prompt: text, token ids, or a list of either.
-      method: a `CacheMethod` or its name ("snapkv:tokens=256+int4").
+      method: a `CacheMethod` or its name ("snapkv:tokens=256+int4"), or a calibrated one or the path of its file.
       reserve: tokens that each row can append later.
       dtype: of tokens that are stored exactly.
 
@@ -76,7 +77,7 @@ def prefill(
 def generate(
     model: LanguageModel,
     prompt: Prompt | Sequence[Prompt],
-    method: str | CacheMethod = "full",
+    method: str | CacheMethod | Calibrated = "full",
     *,
     cache: Context | None = None,
     max_new_tokens: int = 128,
@@ -90,7 +91,7 @@ def generate(
 
     Args:
       prompt: text, token ids, or a list of either. With `cache`: what is appended to each row (one prompt serves all).
-      method: how the cache is kept; ignored with `cache`, which already is of a method.
+      method: how the cache is kept, as in `prefill`; ignored with `cache`, which already is of a method.
       cache: a context from `prefill`. It is consumed; pass `context.fork()` to ask again.
       max_new_tokens: the most tokens per row.
       stop: token ids that end a row; default are the tokenizer's end tokens.

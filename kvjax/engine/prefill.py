@@ -15,6 +15,7 @@ from kvjax.cache.layout import CacheDims, ceil_to
 from kvjax.cache.method import CacheMethod
 from kvjax.cache.model_cache import ModelCache
 from kvjax.cache.plan import resolve
+from kvjax.engine.calibrated import Calibrated, Data, all_layer_data, unpack
 from kvjax.engine.request import as_count, as_stored_dtype
 from kvjax.errors import UsageError
 from kvjax.models.language_model import LanguageModel
@@ -79,7 +80,7 @@ def pad(rows: Sequence[Sequence[int] | NDArray[np.int32]], length: int) -> tuple
 def prefill(
     model: LanguageModel,
     prompts: Sequence[Sequence[int]],
-    method: CacheMethod,
+    method: CacheMethod | Calibrated,
     *,
     reserve: int = 256,
     dtype: str = "bfloat16",
@@ -95,7 +96,8 @@ def prefill(
       chunk: tokens per step of a streaming prefill.
 
     Raises:
-      UsageError: an empty prompt, a context beyond the model's limit, or a method that does not fit.
+      UsageError: an empty prompt, a context beyond the model's limit, or a method that does not fit or was not
+        calibrated to this model.
     """
     reserve = as_count("the number of tokens to reserve", reserve)
     longest = max((len(ids) for ids in prompts), default=0)
@@ -107,12 +109,14 @@ def prefill(
     check_positions(model, longest + reserve)
     tokens, lengths = pad(prompts, length)
     dims = tuple(cache_dims(model, len(prompts), length, length + reserve, dtype))
+    method, data = unpack(method, model, dims)
     method = resolve(method, dims)
     if method.prefill == "exact":
         rows = model.place_rows(tokens), model.place_rows(lengths)
-        logits, cache = _prefill_exact(model.module, method, dims, model.mesh, model.rules, model.params, *rows)
+        logits, cache = _prefill_exact(model.module, method, dims, model.mesh, model.rules, data, model.params, *rows)
         return Context(cache, logits)
-    cache = _empty_cache(method, dims, model.mesh, model.rules, model.place_rows(lengths))
+    cache = _empty_cache(method, dims, model.mesh, model.rules, data, model.place_rows(lengths))
+    cache = cache if data is None else cache.fork()  # heads may share what was learnt, and steps take buffers over
     context = Context(cache, model.place_rows(np.zeros((len(prompts), model.config.vocab_size), np.float32)))
     for start in range(0, length, chunk):
         part = tokens[:, start : start + chunk]
@@ -137,9 +141,14 @@ def check_positions(model: LanguageModel, tokens: int) -> None:
 
 
 def _empty_cache(
-    method: CacheMethod, dims: tuple[CacheDims, ...], mesh: Mesh | None, rules: ShardingRules, lengths: Array
+    method: CacheMethod,
+    dims: tuple[CacheDims, ...],
+    mesh: Mesh | None,
+    rules: ShardingRules,
+    data: Data | None,
+    lengths: Array,
 ) -> ModelCache:
-    cache = ModelCache.init(method, dims, lengths)
+    cache = ModelCache.init(method, dims, lengths, all_layer_data(data))
     return cache if mesh is None else shard_cache(cache, mesh, rules)
 
 
@@ -150,11 +159,12 @@ def _prefill_exact(
     dims: tuple[CacheDims, ...],
     mesh: Mesh | None,
     rules: ShardingRules,
+    data: Data | None,
     params: PyTree,
     tokens: Array,
     lengths: Array,
 ) -> tuple[Array, ModelCache]:
-    cache = _empty_cache(method, dims, mesh, rules, lengths)
+    cache = _empty_cache(method, dims, mesh, rules, data, lengths)
     valid = jnp.arange(tokens.shape[1]) < lengths[:, None]
     logits, layers = module.apply({"params": params}, tokens, cache=cache.layers, valid=valid, logits_at=lengths - 1)
     return logits[:, 0], dataclasses.replace(cache, layers=layers)

@@ -12,6 +12,7 @@ import numpy as np
 
 from kvjax.cache import methods
 from kvjax.cache.method import CacheMethod
+from kvjax.engine.calibrated import SUFFIX, Calibrated, load_calibration
 from kvjax.errors import UsageError
 from kvjax.models.language_model import LanguageModel
 
@@ -27,13 +28,18 @@ def check_kind(name: str, value: Any, kind: type, example: str) -> None:
         raise UsageError(f"{name} is a {kind.__name__}, such as {example}; got {shown(value)}.")
 
 
-def as_method(method: str | CacheMethod) -> CacheMethod:
-    """A method, or the one of this name. Raises UsageError for an unknown name, or what is neither."""
+def as_method(method: str | CacheMethod | Calibrated) -> CacheMethod | Calibrated:
+    """A method, or the one of this name, or the one that was calibrated into this file (*.safetensors).
+
+    Raises:
+      UsageError: an unknown name, no such file, or none of these.
+    """
     if isinstance(method, str):
-        return methods.parse(method)
-    if not isinstance(method, CacheMethod):
+        return load_calibration(method) if method.endswith(SUFFIX) else methods.parse(method)
+    if not isinstance(method, CacheMethod | Calibrated):
         raise UsageError(
-            f"method is a CacheMethod or a name, such as kvjax.methods.kivi(bits=2) or 'kivi-2'; got {shown(method)}."
+            "method is a CacheMethod or a name, such as kvjax.methods.kivi(bits=2) or 'kivi-2', or what kvjax.calibrate "
+            f"returns, or the path of its file; got {shown(method)}."
         )
     return method
 

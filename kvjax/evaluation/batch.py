@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
+from types import MappingProxyType
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from kvjax.cache.method import CacheMethod
 from kvjax.cache.model_cache import ModelCache
 from kvjax.cache.recorder import RecordedPrompt
+from kvjax.engine.calibrated import Calibrated, all_layer_data
 from kvjax.engine.prefill import Context, pad
 from kvjax.engine.prefill import prefill as engine_prefill
 from kvjax.errors import UsageError
@@ -26,11 +28,18 @@ from kvjax.typing import Array
 class Batch:
     """At most `setting.batch` items; missing rows repeat the last item and are not counted.
 
-    All items have a prompt, or none has, and all have as many unread tokens.
+    All items have a prompt, or none has, and all have as many unread tokens. `calibrated`: where methods come
+    from that have learnt something of the model, by name.
     """
 
-    def __init__(self, model: LanguageModel, setting: Setting, items: Sequence[Item]) -> None:
-        self.model, self.setting, self.items = model, setting, items
+    def __init__(
+        self,
+        model: LanguageModel,
+        setting: Setting,
+        items: Sequence[Item],
+        calibrated: Mapping[str, Calibrated] = MappingProxyType({}),
+    ) -> None:
+        self.model, self.setting, self.items, self._calibrated = model, setting, items, calibrated
         self._rows = [*items, *[items[-1]] * (setting.batch - len(items))]
 
     @property
@@ -63,20 +72,23 @@ class Batch:
         Raises:
           UsageError: there are no prompts, and the policy needs one to score.
         """
-        dims = self.setting.dims(self.model)
+        dims, calibrated = self.setting.dims(self.model), self._calibrated.get(method.name)
+        data = None if calibrated is None else calibrated.data
         if self.streamed:
             method = streamed(method)
-            empty = ModelCache.init(method, dims)
+            empty = ModelCache.init(method, dims, data=all_layer_data(data))
+            empty = empty if data is None else empty.fork()
             layers = tuple(dataclasses.replace(layer, phase="prompt") for layer in empty.layers)
             logits = jnp.zeros((self.setting.batch, self.model.config.vocab_size), jnp.float32)
             return Context(dataclasses.replace(empty, layers=layers), logits)
         if method.prefill == "exact":
             logits, prompt, lengths = self.recorded
-            return Context(program.compress(method, dims, prompt, lengths, self.items[0].unread), logits)
+            return Context(program.compress(method, dims, prompt, lengths, self.items[0].unread, data), logits)
         prompts = [item.prompt[: len(item.prompt) - item.unread].tolist() for item in self._rows]
         setting = self.setting
+        whole = method if calibrated is None else dataclasses.replace(calibrated, method=method)
         return engine_prefill(
-            self.model, prompts, method, reserve=setting.room, dtype=setting.dtype, length=setting.prompt
+            self.model, prompts, whole, reserve=setting.room, dtype=setting.dtype, length=setting.prompt
         )
 
     def pieces(self) -> list[Piece]:

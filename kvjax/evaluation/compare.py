@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console, Group, RenderableType
 
 from kvjax.cache.method import CacheMethod
+from kvjax.engine.calibrated import Calibrated
 from kvjax.errors import writing
 from kvjax.evaluation import defaults, report
 from kvjax.evaluation.finding import findings
@@ -57,7 +58,7 @@ class Comparison:
 
 def compare(
     model: LanguageModel,
-    methods: Sequence[str | CacheMethod] = defaults.METHODS,
+    methods: Sequence[str | CacheMethod | Calibrated] = defaults.METHODS,
     tasks: Sequence[str] = defaults.TASKS,
     *,
     context: int | Sequence[int] | None = None,
@@ -73,7 +74,8 @@ def compare(
     """Measures what cache methods cost and what they lose.
 
     Args:
-      methods: names ("snapkv:tokens=256+int4") or `CacheMethod`s; full, random and streaming_llm are always added.
+      methods: names ("snapkv:tokens=256+int4"), `CacheMethod`s, what `kvjax.calibrate` returns, or the paths of its files
+        (they keep the budget that they were calibrated with); full, random and streaming_llm are always added.
       tasks: names of recall tasks, `perplexity-prefill`, `perplexity-stream`, or `perplexity` for both.
       context: tokens of a row, or several; default is 1,024, or the model's limit where that is less.
       seeds: 0 to seeds - 1, each with other examples.

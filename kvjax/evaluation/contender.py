@@ -11,6 +11,8 @@ from kvjax.cache.budget import Budget, Uniform
 from kvjax.cache.layout import CacheDims
 from kvjax.cache.method import CacheMethod
 from kvjax.cache.plan import layer_bytes, resolve
+from kvjax.engine.calibrated import Calibrated, unpack
+from kvjax.engine.request import as_method
 from kvjax.errors import UsageError
 from kvjax.evaluation.defaults import BASELINES
 from kvjax.evaluation.setting import Setting
@@ -27,19 +29,23 @@ class Contender:
     Attributes:
       method: its budget is still the one that was named, or a default.
       own_budget: whether the budget was named with the method, so that a common budget does not replace it.
+      calibrated: where the method comes from, if it was calibrated.
     """
 
     name: str
     method: CacheMethod
     own_budget: bool
+    calibrated: Calibrated | None = None
 
     def fit(self, common: CommonBudget, model: LanguageModel, setting: Setting) -> CacheMethod:
         """The method with its budget in tokens or as a share, checked against the shapes of a setting.
 
         Raises:
-          UsageError: the budget does not hold what the method always keeps, or a codec does not fit the head dimension.
+          UsageError: the budget does not hold what the method always keeps, a codec does not fit the head dimension, or
+            the method is not calibrated to this model.
         """
         method, dims = self.method, setting.dims(model)
+        unpack(self.calibrated or method, model, dims)
         try:
             if self.follows(common):
                 method = dataclasses.replace(method, budget=common.budget(dims))
@@ -115,7 +121,7 @@ class CommonBudget:
         return Uniform(tokens_kept=self.tokens, share=self.share, bytes_kept=self.row_bytes(dims))
 
 
-def contenders(named: Sequence[str | CacheMethod]) -> list[Contender]:
+def contenders(named: Sequence[str | CacheMethod | Calibrated]) -> list[Contender]:
     """The baselines and the named methods, in this order; a baseline that is named keeps the options it was named with.
 
     Raises:
@@ -135,9 +141,12 @@ def contenders(named: Sequence[str | CacheMethod]) -> list[Contender]:
     return unique
 
 
-def _contender(named: str | CacheMethod) -> Contender:
-    if isinstance(named, CacheMethod):
-        return Contender(named.name, named, own_budget=True)
+def _contender(named: str | CacheMethod | Calibrated) -> Contender:
+    method = as_method(named)
+    if isinstance(method, Calibrated):
+        return Contender(method.method.name, method.method, own_budget=True, calibrated=method)
+    if not isinstance(named, str):
+        return Contender(method.name, method, own_budget=True)
     options = [option for part in named.split("+") for option in part.partition(":")[2].split(",")]
     own = any(option.partition("=")[0].strip() in _BUDGET_OPTIONS for option in options)
-    return Contender(named, methods.parse(named), own)
+    return Contender(named, method, own)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kvjax.cache.method import CacheMethod
+from kvjax.engine.calibrated import Calibrated
 from kvjax.engine.request import check_kind
 from kvjax.errors import NumericsError, UsageError
 from kvjax.evaluation import accuracy, defaults, profile
@@ -17,7 +18,7 @@ from kvjax.evaluation.contender import CommonBudget, Contender, contenders
 from kvjax.evaluation.setting import Setting
 from kvjax.evaluation.summary import same_memory
 from kvjax.evaluation.tally import Tally
-from kvjax.evaluation.workload import WORKLOADS, Source, expand, room
+from kvjax.evaluation.workload import WORKLOADS, Item, Source, expand, room
 from kvjax.models.language_model import LanguageModel
 from kvjax.progress import Advance, Track, silent
 
@@ -68,7 +69,7 @@ class Plan:
 
     @classmethod
     def make(
-        cls, model: LanguageModel, methods: Sequence[str | CacheMethod], tasks: Sequence[str], options: Options
+        cls, model: LanguageModel, methods: Sequence[str | CacheMethod | Calibrated], tasks: Sequence[str], options: Options
     ) -> Plan:
         """Checks everything that can be checked before the model runs; arguments and errors as in `kvjax.compare`."""
         check_kind("model", model, LanguageModel, 'kvjax.load("reference")')
@@ -137,11 +138,15 @@ class Plan:
         methods = {name: self.fitted[unit.setting][name] for name in unit.methods}
         return {n: m for n, m in methods.items() if can_stream(m)} if WORKLOADS[unit.task].streamed else methods
 
+    def _batch(self, setting: Setting, items: Sequence[Item]) -> Batch:
+        calibrated = {one.name: one.calibrated for one in self.contenders if one.calibrated is not None}
+        return Batch(self.model, setting, items, calibrated)
+
     def _warm(self, unit: Unit, advance: Advance) -> None:
         """Compiles what a unit's methods need; units of the same shapes share it."""
         advance(0, note="compiling")
         items = WORKLOADS[unit.task].items(self.source, unit.setting, unit.setting.batch, unit.seed)
-        batch, reference = Batch(self.model, unit.setting, items), self.fitted[unit.setting][defaults.REFERENCE]
+        batch, reference = self._batch(unit.setting, items), self.fitted[unit.setting][defaults.REFERENCE]
         for name in accuracy.warm(batch, reference, self._able(unit)):
             advance(0, note=f"compiled {name}")
 
@@ -151,7 +156,7 @@ class Plan:
         tallies = {name: Tally() for name in unit.methods}
         items = workload.items(self.source, setting, self.options.examples, unit.seed)
         for start in range(0, len(items), setting.batch):
-            batch = Batch(self.model, setting, items[start : start + setting.batch])
+            batch = self._batch(setting, items[start : start + setting.batch])
             for name in accuracy.run(batch, self.fitted[setting][defaults.REFERENCE], able, tallies, errors=start == 0):
                 advance(1, note=f"{unit.task} {name}")
             advance(len(unit.methods) - len(able))
@@ -164,7 +169,7 @@ class Plan:
         if not names:
             return {}
         items = WORKLOADS["perplexity-prefill"].items(self.source, setting, setting.batch, seed=0)
-        batch, common = Batch(self.model, setting, items), CommonBudget.parse(self.options.budget)
+        batch, common = self._batch(setting, items), CommonBudget.parse(self.options.budget)
         one_pass = profile.time_pass(batch)
         fields = {}
         for contender in self.contenders:

@@ -18,6 +18,7 @@ from kvjax.cache.layout import CacheDims
 from kvjax.cache.method import CacheMethod
 from kvjax.cache.model_cache import ModelCache
 from kvjax.cache.recorder import PromptRecorder, RecordedPrompt, RecordedStep, StepRecorder
+from kvjax.engine.calibrated import Data, LayerArrays, layer_data
 from kvjax.models.transformer import Transformer
 from kvjax.typing import Array, PyTree
 
@@ -35,17 +36,22 @@ def record_prompt(
 
 
 def compress(
-    method: CacheMethod, dims: tuple[CacheDims, ...], prompt: tuple[RecordedPrompt, ...], lengths: Array, unread: int
+    method: CacheMethod,
+    dims: tuple[CacheDims, ...],
+    prompt: tuple[RecordedPrompt, ...],
+    lengths: Array,
+    unread: int,
+    data: Data | None = None,
 ) -> ModelCache:
     """The cache that `method` makes of a recorded prompt, layer by layer; its budget must be in tokens.
 
     Its last `unread` tokens are shown to the method, but left for the cache to be fed with.
     """
     layers = []
-    for layer_dims, recorded in zip(dims, prompt, strict=True):
+    for layer_dims, recorded, learnt in zip(dims, prompt, data or (None,) * len(dims), strict=True):
         heads = layer_dims.layer * layer_dims.kv_heads + jnp.arange(layer_dims.kv_heads, dtype=jnp.int32)
         here = method.for_layer(layer_dims)
-        layer = _compress_layer(here, _anonymous(layer_dims), recorded, lengths, heads, unread)
+        layer = _compress_layer(here, _anonymous(layer_dims), recorded, lengths, heads, learnt, unread)
         layers.append(dataclasses.replace(layer, dims=layer_dims))
     # Steps donate the cache, so no buffer may be shared.
     return ModelCache(tuple(layers), jnp.copy(lengths) - unread, method)
@@ -53,9 +59,15 @@ def compress(
 
 @partial(jax.jit, static_argnames=("method", "dims", "unread"))
 def _compress_layer(
-    method: CacheMethod, dims: CacheDims, recorded: RecordedPrompt, lengths: Array, head_index: Array, unread: int
+    method: CacheMethod,
+    dims: CacheDims,
+    recorded: RecordedPrompt,
+    lengths: Array,
+    head_index: Array,
+    learnt: LayerArrays | None,
+    unread: int,
 ) -> AnyLayer:
-    cache = empty_layer(method, dims, lengths).numbered(head_index)
+    cache = empty_layer(method, dims, lengths, layer_data(learnt)).numbered(head_index)
     return cache.absorb_prompt(recorded.step, recorded.log_sum_exp, unread)
 
 

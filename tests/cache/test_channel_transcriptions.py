@@ -13,7 +13,7 @@ from kvjax.cache.codec import Integer
 from kvjax.cache.codec.balanced import FLOOR, Balanced
 from kvjax.cache.method import CacheMethod
 from kvjax.cache.methods import parse
-from kvjax.calibrate.layer_bits import PAIRS, choose, pareto, sensitivity
+from kvjax.calibration.layer_bits import PAIRS, choose, pareto, sensitivity
 from kvjax.errors import UsageError
 from tests.cache.driver import Inputs, Setup, dims_of, draw, run, step_of
 from tests.cache.faithful import TOLERANCE

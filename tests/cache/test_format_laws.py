@@ -15,10 +15,12 @@ from kvjax.cache.codec import Codec
 from kvjax.cache.layout import CacheDims
 from kvjax.typing import Array, PyTree
 from tests.cache.cases import CODECS, covered, exported
+from tests.cache.driver import QUICK
 from tests.cache.parameters import parameters_of
 from tests.cache.test_codec_laws import SPECIAL
 
 DIMS = CacheDims(2, 2, 4, 32, 64, 64, "float32")
+quickly = functools.partial(jax.jit, compiler_options=QUICK)
 ALL = pytest.mark.parametrize("name", CODECS)
 
 
@@ -32,7 +34,7 @@ def stored(name: str) -> Any:
     codec = codec_of(name)
     params = parameters_of(codec, DIMS)
 
-    @jax.jit
+    @quickly
     def run(x: Array) -> tuple[PyTree, Array]:
         store = codec.encode(x, params)
         return store, jnp.broadcast_to(codec.decode(store, params), x.shape)
@@ -82,7 +84,7 @@ def test_blocks_and_rows_are_stored_as_they_are_alone(name: str) -> None:
     whole = np.asarray(stored(name)(x)[1])
     size = codec.block
 
-    @jax.jit
+    @quickly
     def alone(x: Array, params: PyTree) -> Array:
         return codec.decode(codec.encode(x, params), params)
 
@@ -98,7 +100,7 @@ def test_codes_are_those_of_float32_whatever_the_dtype(name: str) -> None:
     """A prompt comes in the model's dtype and a ring gives its tokens up in float32: the same codes."""
     codec, x = codec_of(name), jnp.asarray(normal(), jnp.bfloat16)
     params = parameters_of(codec, DIMS)
-    narrow, wide = (jax.jit(codec.encode)(y, params) for y in (x, x.astype(jnp.float32)))
+    narrow, wide = (quickly(codec.encode)(y, params) for y in (x, x.astype(jnp.float32)))
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(a.dtype)), narrow, wide)
 
 
@@ -121,11 +123,11 @@ def test_reading_is_reading_what_is_decoded(name: str) -> None:
     """Products and sums through the loader, whole and cut, are those with the decoded slots."""
     codec, x, rng = codec_of(name), normal(), np.random.default_rng(1)
     params = parameters_of(codec, DIMS)
-    loader = codec.loader(codec.encode(jnp.asarray(x), params), params)
+    loader = codec.loader(stored(name)(x)[0], params)
     seen = np.asarray(stored(name)(x)[1], np.float64)
     q = rng.normal(size=(2, 2, 3, 32)).astype(np.float32)
     weights = rng.random((2, 2, 3, 48)).astype(np.float32)
     size = np.abs(seen).max()
-    np.testing.assert_allclose(loader.dot(q), q @ seen.swapaxes(-1, -2), atol=2e-5 * size * 6)
-    np.testing.assert_allclose(loader.mix(weights, None), weights @ seen, atol=2e-5 * size * 7)
+    np.testing.assert_allclose(quickly(type(loader).dot)(loader, q), q @ seen.swapaxes(-1, -2), atol=2e-5 * size * 6)
+    np.testing.assert_allclose(quickly(type(loader).mix)(loader, weights, None), weights @ seen, atol=2e-5 * size * 7)
     assert (loader.count, loader.head_dim) == (48, 32) and codec.block % loader.block == 0

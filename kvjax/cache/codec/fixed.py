@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
 
 from kvjax.cache.codec.base import Codec
+from kvjax.cache.codec.numbers import whole_bytes
 from kvjax.errors import UsageError
 from kvjax.typing import Array, PyTree
 from pallas_kernels.loader import FixedLoader
@@ -56,12 +56,7 @@ class Fixed(Codec):
         return 2.0 ** (self.bits - 1) - 1
 
     def validate(self, head_dim: int) -> None:
-        together = 8 // math.gcd(8, self.bits)
-        if head_dim % together:
-            raise UsageError(
-                f"codes of {self.bits} bits fill whole bytes only if head_dim is a multiple of {together}; "
-                f"head_dim is {head_dim}"
-            )
+        whole_bytes(head_dim, self.bits)
 
     def encode(self, x: Array, params: PyTree = None) -> FixedStore:
         self.validate(x.shape[-1])

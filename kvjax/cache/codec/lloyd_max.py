@@ -12,8 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvjax.cache.codec.base import Codec
-from kvjax.cache.codec.nonuniform import nearest
-from kvjax.cache.codec.scale import LIMIT
+from kvjax.cache.codec.numbers import bounded, length, nearest, whole_bytes
 from kvjax.errors import UsageError
 from kvjax.typing import Array, PyTree
 from pallas_kernels.loader import CodebookLoader
@@ -85,12 +84,7 @@ class LloydMax(Codec):
         return 1
 
     def validate(self, head_dim: int) -> None:
-        together = 8 // math.gcd(8, self.bits)
-        if head_dim % together:
-            raise UsageError(
-                f"codes of {self.bits} bits fill whole bytes only if head_dim is a multiple of {together}; "
-                f"head_dim is {head_dim}"
-            )
+        whole_bytes(head_dim, self.bits)
 
     def encode(self, x: Array, params: PyTree = None) -> ScaledCodes:
         self.validate(x.shape[-1])
@@ -106,16 +100,3 @@ class LloydMax(Codec):
     @property
     def _table(self) -> Array:
         return jnp.asarray(normal_codebook(self.bits), jnp.float32)
-
-
-def bounded(x: Array) -> Array:
-    """f32 x: NaN is 0, and all are so small that norms of vectors do not overflow."""
-    x = x.astype(jnp.float32)
-    return jnp.where(jnp.isnan(x), 0.0, jnp.clip(x, -LIMIT / 1024, LIMIT / 1024))
-
-
-def length(x: Array) -> Array:
-    """f32 [...]: norms of x [..., H], without squares that overflow or vanish."""
-    top = jnp.max(jnp.abs(x), axis=-1)
-    safe = jnp.where(top > 0, top, 1.0)
-    return top * jnp.sqrt(jnp.sum((x / safe[..., None]) ** 2, axis=-1))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from kvjax.cache.codec.base import Codec
 from kvjax.cache.codec.identity import Identity
-from kvjax.cache.codec.lloyd_max import bounded
+from kvjax.cache.codec.numbers import bounded
 from kvjax.cache.codec.wrapped import Wrapped
 from kvjax.cache.layout import CacheDims
 from kvjax.errors import UsageError

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.cache.codec.base import Codec
-from kvjax.cache.codec.scale import LIMIT, MIN_SCALE, least_scale
+from kvjax.cache.codec.numbers import finite, look_up, nearest, whole_bytes
+from kvjax.cache.codec.scale import MIN_SCALE, least_scale
 from kvjax.cache.layout import CacheDims
 from kvjax.errors import UsageError, unknown
 from kvjax.typing import Array, PyTree
@@ -105,12 +106,7 @@ class NonUniform(Codec):
         return 2 * (width - math.ceil((1 - self.outliers / 2) * (width - 1) - 1e-9))
 
     def validate(self, head_dim: int) -> None:
-        together = 8 // math.gcd(8, self.bits)
-        if head_dim % together:
-            raise UsageError(
-                f"codes of {self.bits} bits fill whole bytes only if head_dim is a multiple of {together}; "
-                f"head_dim is {head_dim}"
-            )
+        whole_bytes(head_dim, self.bits)
 
     def parameter_shapes(self, dims: CacheDims) -> dict[str, jax.ShapeDtypeStruct]:
         entries = jax.ShapeDtypeStruct((1, 1, 2**self.bits), jnp.float32)
@@ -122,16 +118,16 @@ class NonUniform(Codec):
 
     def encode(self, x: Array, params: PyTree = None) -> NonUniformStore:
         self.validate(x.shape[-1])
-        x = _finite(x)
+        x = finite(x)
         codebook, levels = params["codebook"][0, 0], params["levels"][0, 0]
         x, beyond, scale, offset = self._in_range(x, params)
         if scale is None or offset is None:
             codes = nearest(x, codebook)
-            rest = x - levels[codes]
+            rest = x - look_up(codes, levels)
         else:
             wide, zero = (a.astype(jnp.float32)[..., None] for a in (scale, offset))
             codes = nearest((x - zero) / wide, codebook)
-            rest = x - (levels[codes] * wide + zero)
+            rest = x - (look_up(codes, levels) * wide + zero)
         low, high = split(codes, self.bits)
         index, value = self._outliers(self._vectors(rest), beyond)
         return NonUniformStore(Rows.of(low), None if high is None else Rows.of(high), scale, offset, index, value)
@@ -149,7 +145,7 @@ class NonUniform(Codec):
 
     def overflow(self, x: Array, params: PyTree) -> Array:
         """int32 [B, K or 1, S]: elements of x [B, K, S, H] outside their range for which there is no room."""
-        _, beyond, _, _ = self._in_range(_finite(x), params)
+        _, beyond, _, _ = self._in_range(finite(x), params)
         return jnp.maximum((beyond > 0).sum(-1, dtype=jnp.int32) - self.capacity(beyond.shape[-1]), 0)
 
     def _in_range(self, x: Array, params: PyTree) -> tuple[Array, Array, Array | None, Array | None]:
@@ -205,18 +201,6 @@ class NonUniform(Codec):
             return x
         *lead, heads, tokens, dim = x.shape
         return jnp.moveaxis(x, -3, -2).reshape(*lead, 1, tokens, heads * dim)
-
-
-def nearest(x: Array, table: Array) -> Array:
-    """int32 codes of the nearest entries of a rising table [n]; of two that are as near, the lower."""
-    middle = 0.5 * (table[1:] + table[:-1])
-    return sum((x > middle[i] for i in range(len(middle))), start=jnp.zeros(x.shape, jnp.int32))
-
-
-def _finite(x: Array) -> Array:
-    """f32 x: NaN is 0, and all within ±LIMIT."""
-    x = x.astype(jnp.float32)
-    return jnp.where(jnp.isnan(x), 0.0, jnp.clip(x, -LIMIT, LIMIT))
 
 
 def _width(params: PyTree) -> Array:

@@ -12,8 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvjax.cache.codec.base import Codec
-from kvjax.cache.codec.lloyd_max import bounded
-from kvjax.cache.codec.nonuniform import nearest
+from kvjax.cache.codec.numbers import bounded, look_up, nearest
 from kvjax.errors import UsageError
 from kvjax.typing import Array, PyTree
 from pallas_kernels.loader import BlockLoader
@@ -134,14 +133,6 @@ class Polar(Codec):
     @staticmethod
     def _table(level: int) -> Array:
         return jnp.asarray(angle_codebook(level, DEEPER_BITS), jnp.float32)
-
-
-def look_up(codes: Array, table: Array) -> Array:
-    """table[codes] by choices instead of a gather; table [n] of a few entries."""
-    out = jnp.broadcast_to(table[0], codes.shape)
-    for i in range(1, len(table)):
-        out = jnp.where(codes == i, table[i], out)
-    return out
 
 
 def _unfold(radius: Array, angle: Array) -> Array:

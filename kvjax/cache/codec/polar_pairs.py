@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.cache.codec.base import Codec
-from kvjax.cache.codec.lloyd_max import bounded
+from kvjax.cache.codec.numbers import bounded
 from kvjax.cache.codec.scale import least_scale, round_down
 from kvjax.errors import UsageError, unknown
 from kvjax.typing import Array, PyTree

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvjax.cache.codec.base import Codec
-from kvjax.cache.codec.lloyd_max import bounded
+from kvjax.cache.codec.numbers import bounded, whole_bytes
 from kvjax.cache.codec.rotation import sketch
-from kvjax.cache.codec.sketched import Signs, estimator, whole_bytes
+from kvjax.cache.codec.sketched import Signs, estimator
 from kvjax.errors import UsageError
 from kvjax.typing import Array, PyTree
 from pallas_kernels.loader import BlockLoader, Loader, LowRankLoader
@@ -70,9 +70,9 @@ class QJL(Codec):
         return self.group if self.outliers else 1
 
     def validate(self, head_dim: int) -> None:
-        whole_bytes(self.bits * head_dim)
+        whole_bytes(self.bits * head_dim, 1)
         if self.outliers:
-            whole_bytes(int(self.outlier_bits * head_dim))
+            whole_bytes(int(self.outlier_bits * head_dim), 1)
             if self.outliers >= head_dim:
                 raise UsageError(f"QJL cannot sketch {self.outliers} outlying channels of {head_dim} by themselves")
 

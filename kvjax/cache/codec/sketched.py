@@ -10,10 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from kvjax.cache.codec.lloyd_max import bounded, length
+from kvjax.cache.codec.numbers import bounded, length, whole_bytes
 from kvjax.cache.codec.rotation import sketch
 from kvjax.cache.codec.wrapped import Wrapped
-from kvjax.errors import UsageError
 from kvjax.typing import Array, PyTree
 from pallas_kernels.loader import CodebookLoader, ConcatLoader, LowRankLoader
 from pallas_kernels.packing import pack
@@ -47,12 +46,6 @@ def estimator(matrix: NDArray[np.float32]) -> Array:
     return jnp.asarray(matrix) * (math.sqrt(math.pi / 2) / len(matrix))
 
 
-def whole_bytes(signs: int) -> None:
-    """Raises UsageError unless signs fill bytes."""
-    if signs % 8:
-        raise UsageError(f"signs of a sketch fill whole bytes only if there are a multiple of 8; got {signs}")
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SketchedStore:
@@ -77,7 +70,7 @@ class Sketched(Wrapped):
 
     def validate(self, head_dim: int) -> None:
         super().validate(head_dim)
-        whole_bytes(head_dim)
+        whole_bytes(head_dim, 1)
 
     def encode(self, x: Array, params: PyTree = None) -> SketchedStore:
         self.validate(x.shape[-1])
