@@ -20,8 +20,8 @@ class Config:
 
     Attributes:
       model: a Hugging Face folder, or "reference" for the model that comes with kvjax.
-      methods: names as `kvjax methods` lists them, with options and combinations: "snapkv:tokens=256+int4". The rows
-        full, random and streaming_llm are always added.
+      methods: names as `kvjax methods` lists them, with options and combinations: "snapkv:tokens=256+int4"; or files
+        that `kvjax calibrate` made. The rows full, random and streaming_llm are always added.
       tasks: needle, multikey, multivalue, multiquery, kv, kv3, vt, copy, perplexity-prefill, perplexity-stream, or
         perplexity for both protocols.
       context: tokens of a row, question and answer included; several compare at several lengths. Longer than the

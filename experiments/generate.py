@@ -23,7 +23,8 @@ class Config:
     Attributes:
       prompt: the text to continue; "-" reads it from standard input.
       model: a Hugging Face folder, or "reference" for the model that comes with kvjax.
-      method: how the cache is kept, as `kvjax methods` lists them: "snapkv:tokens=256+int4".
+      method: how the cache is kept, as `kvjax methods` lists them: "snapkv:tokens=256+int4"; or the file that `kvjax
+        calibrate` made.
       max_new_tokens: the most tokens to make.
       temperature: 0 takes the likeliest token each time; higher is more varied.
       top_k: draw from the k likeliest tokens only.

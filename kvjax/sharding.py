@@ -241,7 +241,17 @@ def shard_cache(cache: ModelCache, mesh: Mesh, rules: ShardingRules = ShardingRu
     """A model's cache spread over the mesh, every layer `Sharded`; inside jit too.
 
     The result takes over buffers of `cache`: go on with one of them only, or give `cache.fork()`.
+
+    Raises:
+      UsageError: kv heads would be cut, and the method stores them together or treats each by a table.
     """
+    for layer in cache:
+        cut = rules.axis("kv_heads", layer.dims.kv_heads, mesh) is not None
+        if cut and (layer.method.joint or layer.method.by_head(layer.dims)):
+            raise UsageError(
+                f"method {layer.method.name!r} stores the kv heads of a layer together or by a table of all of them, so "
+                "they cannot be cut; spread rows only: ShardingRules(heads=None, kv_heads=None)"
+            )
     placed = place(cache, cache_specs(cache, mesh, rules), mesh)
     return dataclasses.replace(placed, layers=tuple(Sharded(layer, mesh, rules) for layer in placed.layers))
 

@@ -53,6 +53,7 @@ def test_a_saved_cache_goes_on_like_the_live_one(model, tmp_path):
     assert answers[0] == answers[1]
 
 
+@pytest.mark.slow
 def test_a_comparison_measures_every_method_on_every_task(model):
     found = kvjax.compare(model, ["int4"], ["kv"], context=256, seeds=1, examples=2, batch=2)
     rows = {row.method: row for row in found.rows}

@@ -56,7 +56,8 @@ def compete(
     if number == 1:
         lowest = rank()
     else:  # scores are needed at every `number`-th block only
-        none = jnp.zeros((*used.shape[:2], min(number, blocks + 1)), jnp.int32)
+        # Made of `used`, so that inside `shard_map` both branches vary over the mesh alike.
+        none = jnp.repeat(used[..., :1].astype(jnp.int32) * 0, min(number, blocks + 1), axis=-1)
         lowest = jax.lax.cond(full.any(), rank, lambda: none)
     lost = jax.nn.one_hot(lowest, blocks + 1, dtype=jnp.bool_).any(axis=-2) & full[..., None]
     aside, new = _surrender(cache, lowest, full, new)

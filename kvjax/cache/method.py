@@ -84,7 +84,7 @@ class CacheMethod:
             return "a codec takes its parameters from the whole prompt, which a streaming prefill never has at once"
         if self.stores_unrotated and (self.keys.fits_prompt or any(c.fits_prompt for c in self.fate.codecs)):
             return "a codec of keys takes its parameters from the prompt's rotated keys; use rotate='write'"
-        if self.budget.evicts and self.policy.per_head and any(codec.joint for codec in codecs):
+        if self.budget.evicts and self.policy.per_head and self.joint:
             return "a codec stores all heads of a token together, so heads cannot keep different tokens"
         if self.budget.pooled and any(codec.fits_prompt or codec.calibrated or codec.joint for codec in codecs):
             return "a codec has parameters for each head, but the pages of a pool belong to changing heads"
@@ -161,6 +161,11 @@ class CacheMethod:
     def codecs(self) -> tuple[Codec, Codec]:
         """Of keys and values in the body."""
         return self.keys, self.values
+
+    @property
+    def joint(self) -> bool:
+        """Whether heads share a store, so that they cannot be spread over devices."""
+        return any(codec.joint for codec in (*self.codecs, *self.fate.codecs))
 
     def for_layer(self, dims: CacheDims) -> CacheMethod:
         """This method as one layer uses it: the layer's budget and codecs, no more than a sliding window reaches."""

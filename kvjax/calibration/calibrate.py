@@ -115,7 +115,5 @@ def _check_complete(made: Calibrated, model: LanguageModel, length: int) -> None
             if expected != got:
                 raise UsageError(
                     f"method {made.method.name!r}: the {part} of layer {dims.layer} need arrays of shapes {expected}; "
-                    f"the finders have found {got}. A part of your own needs a finder of its own: calibrate(…, finders=)"
+                    f"the finders have found {got}. A part of your own needs a finder: calibrate(…, finders=[…])"
                 )
-
-

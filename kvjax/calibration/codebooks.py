@@ -29,8 +29,8 @@ class Codebooks:
     take less.
 
     Attributes:
-      weighting: 'range' weighs a number by F · s², s the width of its range (the paper's derivation), 'plain' by F alone
-        (its released code).
+      weighting: 'range' weighs a number by F · s², s the width of its range (the paper's derivation), 'plain' by F
+        alone (its released code).
       match_moments: Q-Norm, which the paper's final text has dropped; it helps at 2 bits.
       iterations: of k-means, at most.
     """

@@ -1,4 +1,4 @@
-"""The two factors of `LowRank` (CSKV): from the weights, or from keys and values of sample texts, and their training."""
+"""The two factors of `LowRank` (CSKV), from weights or from keys and values of sample texts, and their training."""
 
 from __future__ import annotations
 

@@ -14,9 +14,9 @@ from kvjax.cache.layout import CacheDims
 from kvjax.cache.method import CacheMethod
 from kvjax.cache.policy import Predicted, Prompt
 from kvjax.cache.policy.predicted import predict
-from kvjax.calibration.descend import descend
 from kvjax.calibration.finder import Found, Task
 from kvjax.calibration.observe import observe
+from kvjax.convert.descend import descend
 from kvjax.typing import Array, PyTree
 
 SMALLEST = 1e-7

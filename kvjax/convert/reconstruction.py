@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvjax.cache.codec import Identity, LowRank
-from kvjax.calibration.descend import descend
+from kvjax.convert.descend import descend
 from kvjax.errors import UsageError
 from kvjax.typing import Array, PyTree
 
@@ -36,7 +36,7 @@ def train_factors(
     """Both factors after `steps` of Adam on the squared error of x f32 [tokens, K, H], window by window.
 
     Codes of latents are stored as `codec` says while training (quantisation-aware, gradients pass straight through
-    the rounding). Where latents are exact there is nothing to gain over `principal_factors`, the best factors there are.
+    the rounding). Where latents are exact there is nothing to gain over `principal_factors`: no factors are better.
     """
     blocks = _blocks(codec, x)
     size = max(1, BATCH // codec.block)
@@ -44,7 +44,7 @@ def train_factors(
     def draws() -> Iterator[Array]:
         rng = np.random.default_rng(seed)
         while True:
-            yield blocks[rng.integers(0, len(blocks), size)]
+            yield jnp.asarray(blocks[rng.integers(0, len(blocks), size)])
 
     power = float(np.mean(blocks**2))
     start = jax.tree.map(jnp.asarray, dict(factors))

@@ -9,11 +9,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import re
 import secrets
 import weakref
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,7 @@ class Calibrated:
                 raise UsageError(f"{path} is there and is no calibration, so it is left alone; choose another name")
             try:
                 scratch.write_bytes(safetensors.numpy.save(arrays, metadata))
-                os.replace(scratch, path)
+                scratch.replace(path)
             finally:
                 scratch.unlink(missing_ok=True)
 
@@ -159,7 +159,7 @@ def unpack(
     if isinstance(method, Calibrated):
         method.check(model)
         return method.method, method.data
-    if any(jax.tree.leaves(jax.eval_shape(lambda d=d: _blank(method, d))) for d in dims):
+    if any(jax.tree.leaves(jax.eval_shape(partial(_blank, method, layer))) for layer in dims):
         raise UsageError(
             f"method {method.name!r} has to be calibrated to the model first: kvjax calibrate --method {method.name} "
             f"--text FILE --out NAME{SUFFIX}, or kvjax.calibrate(model, {method.name!r}, text). Then give the file's "

@@ -38,8 +38,8 @@ def as_method(method: str | CacheMethod | Calibrated) -> CacheMethod | Calibrate
         return load_calibration(method) if method.endswith(SUFFIX) else methods.parse(method)
     if not isinstance(method, CacheMethod | Calibrated):
         raise UsageError(
-            "method is a CacheMethod or a name, such as kvjax.methods.kivi(bits=2) or 'kivi-2', or what kvjax.calibrate "
-            f"returns, or the path of its file; got {shown(method)}."
+            "method is a CacheMethod or a name, such as kvjax.methods.kivi(bits=2) or 'kivi-2', or what "
+            f"kvjax.calibrate returns, or the path of its file; got {shown(method)}."
         )
     return method
 

@@ -74,8 +74,8 @@ def compare(
     """Measures what cache methods cost and what they lose.
 
     Args:
-      methods: names ("snapkv:tokens=256+int4"), `CacheMethod`s, what `kvjax.calibrate` returns, or the paths of its files
-        (they keep the budget that they were calibrated with); full, random and streaming_llm are always added.
+      methods: names ("snapkv:tokens=256+int4"), `CacheMethod`s, what `kvjax.calibrate` returns or the paths of its
+        files (these keep their own budget); full, random and streaming_llm are always added.
       tasks: names of recall tasks, `perplexity-prefill`, `perplexity-stream`, or `perplexity` for both.
       context: tokens of a row, or several; default is 1,024, or the model's limit where that is less.
       seeds: 0 to seeds - 1, each with other examples.

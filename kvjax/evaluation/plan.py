@@ -69,7 +69,11 @@ class Plan:
 
     @classmethod
     def make(
-        cls, model: LanguageModel, methods: Sequence[str | CacheMethod | Calibrated], tasks: Sequence[str], options: Options
+        cls,
+        model: LanguageModel,
+        methods: Sequence[str | CacheMethod | Calibrated],
+        tasks: Sequence[str],
+        options: Options,
     ) -> Plan:
         """Checks everything that can be checked before the model runs; arguments and errors as in `kvjax.compare`."""
         check_kind("model", model, LanguageModel, 'kvjax.load("reference")')

@@ -8,7 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.loader.base import Loader, PyTree, static
+from pallas_kernels.loader.base import Loader, PyTree, mix, static
 
 
 @jax.tree_util.register_dataclass
@@ -18,7 +18,7 @@ class OutlierLoader(Loader):
 
     The dense-and-sparse format of KVQuant (Hooper et al., 2024, arXiv:2401.18079) with a fixed capacity: who encodes
     stores the element minus what `inner` decodes to, and decides what becomes of more than C outliers. A pair that is
-    not used has the value 0. Read in place: products gain query[channel] · value, sums weight[slot] · value.
+    not used has the value 0. Products are read in place: they gain query[channel] · value.
 
     A map of channels (`ScaledLoader`) goes around this loader, not into it: then residuals are those of the stored
     channels and the map stays free.
@@ -70,6 +70,8 @@ class OutlierLoader(Loader):
 
     def decode(self) -> jax.Array:
         dense = self.inner.decode()
+        if self.size == 1:
+            return dense + self._spread()
         slot, channel, value = self._pairs()
         sparse = _add_at(value[..., None, :], slot * self.head_dim + channel, self.count * self.head_dim)
         return dense + sparse.reshape(*sparse.shape[:-2], self.count, self.head_dim)
@@ -82,6 +84,9 @@ class OutlierLoader(Loader):
         return self.inner.dot(queries) + _add_at(products, slot, self.count)
 
     def mix(self, weights: jax.Array, valid: jax.Array | None) -> jax.Array:
+        if self.size == 1:
+            spread = self._spread() if valid is None else jnp.where(valid[..., None], self._spread(), 0.0)
+            return self.inner.mix(weights, valid) + mix(weights, spread)
         slot, channel, value = self._pairs()
         if valid is not None:
             value = jnp.where(_take(valid[..., None, :], slot)[..., 0, :], value, 0.0)
@@ -89,19 +94,31 @@ class OutlierLoader(Loader):
             _take(weights, slot) * value[..., None, :], channel, self.head_dim
         )
 
+    def _spread(self) -> jax.Array:
+        """f32 [..., S, H]: what the pairs of each slot add, by comparing; XLA on a CPU scatters number by number."""
+        channels = jnp.arange(self.head_dim)
+        out = jnp.zeros((), jnp.float32)
+        for index, value in zip(self.index, self.value, strict=True):
+            _, channel, own = self._place(index.astype(jnp.int32), value.astype(jnp.float32))
+            out = out + jnp.where(channel[..., None] == channels, own[..., None], 0.0)
+        return out
+
     def _pairs(self) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Slots and channels int32 [..., n] and values f32 [..., n] of all n pairs."""
-        index = self._flat(self.index).astype(jnp.int32)
         first = jnp.arange(0, self.count, self.size)
         own = jnp.tile(first, len(self.index)) if self.size == 1 else jnp.repeat(first, self.index[0].shape[-1])
-        value = self._flat(self.value).astype(jnp.float32)
+        index, value = self._flat(self.index).astype(jnp.int32), self._flat(self.value).astype(jnp.float32)
+        within, channel, value = self._place(index, value)
+        return own + within, channel, value
+
+    def _place(self, index: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Slots within their block, channels of the own head, and values; 0 for pairs of another head."""
         if self.first is None:
-            within, channel = jnp.divmod(index, self.head_dim)
-            return own + within, channel, value
+            return *jnp.divmod(index, self.head_dim), value
         within, channel = jnp.divmod(index, self.head_dim * len(self.first))
         channel = channel - self.first[:, None]
         mine = (channel >= 0) & (channel < self.head_dim)
-        return own + within, jnp.where(mine, channel, 0), jnp.where(mine, value, 0.0)
+        return within, jnp.where(mine, channel, 0), jnp.where(mine, value, 0.0)
 
     def _flat(self, parts: tuple[jax.Array, ...]) -> jax.Array:
         """[..., n] of C arrays [..., S], or of one [..., M, C]."""

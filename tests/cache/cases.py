@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
 
 import kvjax.cache.budget
 import kvjax.cache.codec
@@ -285,6 +290,26 @@ METHODS: dict[str, CacheMethod] = {
     **_built(),
     **_parts(),
 }
+# Others differ from these in numbers only: the slow tests have them all.
+SLOW = {
+    *COMPOSED[5:],
+    *(
+        name
+        for name in NAMED
+        if re.match(r"(turboquant|turboquant_prod|kvquant)-[32]|int[32]|kvtuner:table=k4v2", name)
+    ),
+    "cskv:window=16,bits=4",
+    "policy-mass-mean",
+    "policy-observation-max",
+    *(f"codec-{name}" for name in CODECS if name not in ("fixed", "non-uniform-token", "qjl-outliers", "sketched")),
+}
+
+
+def most(names: Iterable[str]) -> list[Any]:
+    """The names as parameters of a test; those of `SLOW` are marked."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in names]
+
+
 EVICTING = {name: method for name, method in METHODS.items() if method.budget.evicts}
 ONLINE = {name: method for name, method in EVICTING.items() if method.every is not None}
 
@@ -312,7 +337,7 @@ PARTS = (
 
 def roomy(method: CacheMethod, tokens: int) -> CacheMethod:
     """`method` with a budget that holds `tokens`, everything stored exactly."""
-    changes: dict[str, object] = {"keys": Identity(), "values": Identity()}
+    changes: dict[str, object] = {"keys": Identity(), "values": Identity(), "selector": ReadAll()}
     if method.budget.evicts:
         changes["budget"] = Uniform(tokens_kept=tokens)
     return dataclasses.replace(method, **changes)

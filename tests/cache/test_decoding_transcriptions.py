@@ -117,7 +117,7 @@ def alike(inputs: Inputs) -> Inputs:
 
 
 @GROUPED
-@pytest.mark.parametrize(("mix", "threshold"), [(0.1, 0.5), (0.9, 0.2)])
+@pytest.mark.parametrize(("mix", "threshold"), [(0.1, 0.5), (0.0, 0.3)], ids=["both", "redundancy alone"])
 def test_rkv(query_heads: int, mix: float, threshold: float) -> None:
     """Rows whose prompt fills the budget: others are first compressed when `every` tokens more than it are held."""
     inputs = alike(draw(3, (64, 45, 24), padded=64, decoded=24, query_heads=query_heads))

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import importlib
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from tests.cache.cases import (
     by_head,
     covered,
     exported,
+    most,
     recent_of,
     roomy,
 )
@@ -85,13 +87,19 @@ def test_every_exported_part_and_name_is_covered() -> None:
     assert {spec.partition(":")[0] for spec in NAMED} == set(NAMES)
 
 
-def _roomy_methods() -> list[CacheMethod]:
-    """Distinct ways to keep everything exactly."""
+def _roomy_methods() -> list[Any]:
+    """Distinct ways to keep everything exactly; but for one of each policy and fate they are slow tests."""
     kept = {dataclasses.replace(roomy(method, 88), name="roomy") for method in METHODS.values()}
-    return sorted(kept, key=repr)
+    seen, cases = set(), []
+    for method in sorted(kept, key=repr):
+        kind = (type(method.policy), type(method.fate), method.prefill)
+        slow = [pytest.mark.slow] if kind in seen else []
+        cases.append(pytest.param(method, marks=slow, id=f"{type(method.policy).__name__}-{len(cases)}"))
+        seen.add(kind)
+    return cases
 
 
-@pytest.mark.parametrize("method", _roomy_methods(), ids=lambda m: f"{type(m.policy).__name__}-{m.sinks}-{m.recent}")
+@pytest.mark.parametrize("method", _roomy_methods())
 def test_keeping_everything_is_the_uncached_pass(method: CacheMethod) -> None:
     """Law 1, and law 5: a budget that holds everything is a full one."""
     result = assert_uncached(Setup(method, dims_of(inputs_of()), chunk=16))
@@ -167,8 +175,8 @@ def test_a_window_layer_allocates_no_more_than_its_window() -> None:
     assert (np.asarray(result.held) >= 0).sum(-1).max() <= 21
 
 
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("poison", [math.nan, 1e30])
+@pytest.mark.parametrize("name", most(METHODS))
+@pytest.mark.parametrize("poison", [math.nan, pytest.param(1e30, marks=pytest.mark.slow)])
 def test_padding_and_empty_slots_change_nothing(name: str, poison: float) -> None:
     """Law 2: bit for bit."""
     clean = result_of(name)
@@ -179,7 +187,7 @@ def test_padding_and_empty_slots_change_nothing(name: str, poison: float) -> Non
     np.testing.assert_array_equal(clean.held, spoiled.held)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", most(METHODS))
 def test_a_row_does_not_depend_on_the_others(name: str) -> None:
     """Law 2: in another place of a batch of other rows of other lengths."""
     ours, others = inputs_of(), draw(12, LENGTHS, padded=64, decoded=24, query_heads=8)
@@ -216,7 +224,7 @@ def test_a_row_alone_in_a_bucket_of_its_own(name: str) -> None:
     assert_close(result_of(name), result, row_a=1, row_b=0, prompt=LENGTHS[1])
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", most(METHODS))
 def test_positions_are_a_set_with_sinks_and_recent(name: str) -> None:
     """Law 4."""
     method, result = METHODS[name], result_of(name)
@@ -236,7 +244,7 @@ def shared(positions: list[list[int]], method: CacheMethod) -> list[float]:
     return [sum(counts) / len(counts)] * len(counts) if method.budget.pooled else counts
 
 
-@pytest.mark.parametrize("name", EVICTING)
+@pytest.mark.parametrize("name", most(EVICTING))
 def test_no_row_ever_holds_more_than_its_budget(name: str) -> None:
     """Law 4: at most the row's own budget, plus what was decoded where that is kept, plus the slack of `every`."""
     result = result_of(name)
@@ -244,13 +252,13 @@ def test_no_row_ever_holds_more_than_its_budget(name: str) -> None:
         if not method.budget.evicts or method.fate.codecs:
             continue  # nothing is evicted, or what is lives on
         for b, prompt in enumerate(LENGTHS):
-            most = max(budget_of(method, prompt, 64), always_of(method, prompt, 64))
+            limit = max(budget_of(method, prompt, 64), always_of(method, prompt, 64))
             for i, heads in enumerate(sorted_positions(result, b)):
                 slack = i if method.every is None else min(i, method.every - method.block)
-                assert shared(heads, method)[head] <= most + slack, (b, i)
+                assert shared(heads, method)[head] <= limit + slack, (b, i)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", most(METHODS))
 def test_nothing_is_lost_before_the_budget_is_full(name: str) -> None:
     """Prompts of one token or 17, shorter than the sinks, the window or a block, are held whole as long as they fit."""
     result = result_of(name)
@@ -263,7 +271,7 @@ def test_nothing_is_lost_before_the_budget_is_full(name: str) -> None:
                 assert prompt + i - 1 in heads[head]
 
 
-@pytest.mark.parametrize("name", EVICTING)
+@pytest.mark.parametrize("name", most(EVICTING))
 def test_budgets_are_used(name: str) -> None:
     """The longest row fills its budget up to two blocks, one by which the ring rises and falls and one of rounding."""
     counts = sorted_positions(result_of(name), 0)[0]

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from kvjax.cache.layer_cache import LayerCache
 from kvjax.cache.methods import parse
 from kvjax.typing import PyTree
+from tests.cache.calibrated import data_of
 from tests.cache.cases import METHODS
 from tests.cache.driver import QUICK, Inputs, Setup, dims_of, draw, prefill, step_of
 
@@ -28,7 +29,13 @@ NAMES = (
     "streaming-prefill-h2o",
     "streaming-prefill-random",
     "every-16-blocks",
+    "mikv:tokens=24",
+    "keydiff:tokens=24",
+    "int8_channel",
+    "selector-top-pages",
+    "kvquant-2:span=head",
 )
+SLOW = ("random:tokens=24", "streaming-prefill-random", "keydiff:tokens=24", "kvquant-2:span=head")
 HEADS = P("data", None, "model")
 LATER = P(None, "data", None, "model")
 quick = functools.partial(jax.jit, compiler_options=QUICK)
@@ -44,7 +51,8 @@ def specs_of(cache: LayerCache) -> PyTree:
     heads = cache.head_index.shape[0]
 
     def spec(leaf: jax.Array) -> P:
-        return P("data", "model") if leaf.ndim > 1 and leaf.shape[1] == heads else P("data")
+        rows = "data" if leaf.shape[0] > 1 else None  # what was learnt serves all rows
+        return P(rows, "model") if leaf.ndim > 1 and leaf.shape[1] == heads else P(rows)
 
     return dataclasses.replace(jax.tree.map(spec, cache), head_index=P("model"))
 
@@ -63,11 +71,11 @@ def advance(setup: Setup, cache: LayerCache, prompt: tuple, later: tuple, length
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in NAMES])
 def test_shards_compute_what_the_whole_does_and_exchange_nothing(name: str) -> None:
     setup = Setup(METHODS[name], dims_of(inputs()), chunk=16)
     later, lengths = inputs().later(), np.array(inputs().lengths, np.int32)
-    cache = LayerCache.init(setup.method, setup.dims, lengths)
+    cache = LayerCache.init(setup.method, setup.dims, lengths, data_of(setup.method, setup.dims))
     whole, whole_cache = quick(functools.partial(advance, setup))(cache, inputs().prompt(), later, lengths)
 
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)

@@ -50,7 +50,7 @@ def spoilt(answer: np.ndarray, at: int) -> np.ndarray:
     return np.where(np.arange(len(answer)) == at, answer ^ 1, answer)
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", [pytest.param(SPECS[0], marks=pytest.mark.slow), *SPECS[1:]])
 @pytest.mark.parametrize("task", TASKS)
 def test_the_score_is_that_of_free_running_decoding(model, setting, source, task, spec):
     """Answers are made from what the engine says: as said, in another order, and with one wrong token."""

@@ -32,6 +32,7 @@ def initial(config: TransformerConfig):
     return Transformer(config).init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
 
 
+@pytest.mark.slow
 def test_untrained_induction():
     plain = initial(CONFIG)
     params = planted(plain, CONFIG, seed=0)

@@ -1,9 +1,8 @@
-"""A step of every method that keeps all tokens: each codec, and what it does with new tokens."""
+"""A step of a whole layer's cache: what reads the codecs, and what writes a new token in them."""
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from typing import Any
 
 import jax
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 
 from kvjax.cache.layer_cache import LayerCache
 from kvjax.cache.layout import CacheDims
-from kvjax.cache.methods import METHODS, parse
+from kvjax.cache.methods import parse
 
 LLAMA = CacheDims(batch=4, kv_heads=8, query_heads=32, head_dim=128, max_length=8192, prompt_length=8000)
 
@@ -54,9 +53,5 @@ class StepSpec:
         return (self.cache(), *(jax.ShapeDtypeStruct(shape, jnp.dtype(dims.dtype)) for shape in shapes)), {}
 
 
-HARDWARE = tuple(
-    StepSpec(name.replace("-", "_"), name)
-    for name, make in METHODS.items()
-    # What takes a budget evicts, and stores what it keeps in the codec of one of the others.
-    if "tokens" not in inspect.signature(make).parameters
-)
+HARDWARE = tuple(StepSpec(name.replace("-", "_"), name) for name in ("full", "int8", "int4", "kivi-4"))
+"""One of each layout: exact, per token without and with channel groups, per channel in blocks."""

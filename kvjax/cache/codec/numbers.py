@@ -48,5 +48,6 @@ def whole_bytes(head_dim: int, bits: int) -> None:
     together = 8 // math.gcd(8, bits)
     if head_dim % together:
         raise UsageError(
-            f"codes of {bits} bits fill whole bytes only if head_dim is a multiple of {together}; head_dim is {head_dim}"
+            f"codes of {bits} bits fill whole bytes only if head_dim is a multiple of {together}; "
+            f"head_dim is {head_dim}"
         )

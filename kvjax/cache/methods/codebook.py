@@ -82,8 +82,9 @@ def qjl(
     2406.03482). Cached: keys after rotary embedding as `bits` signs per channel (`first_bits` in the first layers: 256
     and 512 signs per key at head size 128, as released), half a sign per channel more for the 8 channels of each 32
     tokens that are largest, two bfloat16 norms; values as 2-bit integers over 32 channels with scale and zero point, 3
-    bits per element. The number of signs for the large channels is this project's choice. Keys and values leave the
-    recent window together, 32 tokens at a time; the release lets keys go by whole windows and values one by one.
+    bits per element. The number of signs for the large channels is this project's choice, and they have directions of
+    their own, where the release takes the first of the others'. Keys and values leave the recent window together, 32
+    tokens at a time; the release lets keys go by whole windows and values one by one.
     """
     first, others = (QJL(bits=b, outliers=outliers, group=group, seed=seed) for b in (first_bits, bits))
     return CacheMethod(

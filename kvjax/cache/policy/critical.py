@@ -67,22 +67,19 @@ def projected_norms(tokens: Tokens) -> Array:
     filled = jnp.asarray(group_filled(step))
     as_queries = dataclasses.replace(step, queries=step.output_projection.transpose(2, 0, 1)[None])
     projections = group_queries(as_queries)[0].swapaxes(2, 3)  # [K, G, H, D]
-    values = tokens.values
-    batch, heads, count, width = values.shape
-    block = max(1, min(count, BLOCK_ELEMENTS // (batch * projections.shape[-1])))
-    blocks = jnp.pad(values, ((0, 0), (0, 0), (0, -count % block), (0, 0)))
-    blocks = jnp.moveaxis(blocks.reshape(batch, heads, -1, block, width), (1, 2), (0, 1))  # [K, blocks, B, block, H]
+    values = tokens.values.swapaxes(0, 1).astype(jnp.float32)
+    heads, batch, count, width = values.shape
+    block = max(1, min(batch * count, BLOCK_ELEMENTS // projections.shape[-1]))
+    rows = values.reshape(heads, -1, width)
+    rows = jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % block), (0, 0))).reshape(heads, -1, block, width)
 
     def of_head(head: tuple[Array, Array, Array]) -> Array:
-        head_blocks, head_projections, exists = head
+        blocks, weights, exists = head
 
-        def of_block(block: Array) -> Array:
-            def norm(projection: Array) -> Array:
-                out = jnp.einsum("bth,hd->btd", block, projection, preferred_element_type=jnp.float32)
-                return jnp.abs(out).sum(-1)
+        def norms(weight: Array) -> Array:
+            return jax.lax.map(lambda x: jnp.abs(x @ weight).sum(-1), blocks).reshape(-1)[: batch * count]
 
-            return jnp.where(exists[:, None, None], jax.lax.map(norm, head_projections), 0.0).sum(0) / exists.sum()
+        each = jax.lax.map(norms, weights.astype(jnp.float32))
+        return jnp.where(exists[:, None], each, 0.0).sum(0) / exists.sum()
 
-        return jnp.moveaxis(jax.lax.map(of_block, head_blocks), 0, 1).reshape(batch, -1)[:, :count]
-
-    return jax.lax.map(of_head, (blocks, projections, filled)).swapaxes(0, 1)
+    return jax.lax.map(of_head, (rows, projections, filled)).reshape(heads, batch, count).swapaxes(0, 1)

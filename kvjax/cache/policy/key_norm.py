@@ -22,7 +22,8 @@ class KeyNorm(Policy):
     arrives_scored: ClassVar[bool] = True
 
     def arrival(self, tokens: Tokens) -> Array:
-        return -jnp.linalg.norm(tokens.keys.astype(jnp.float32), axis=-1)
+        # Rotation changes no norm (or, with YaRN's amplitude, all by one factor).
+        return -jnp.linalg.norm(tokens.unrotated_keys.astype(jnp.float32), axis=-1)
 
     def prompt_scores(self, prompt: Prompt) -> Array:
         return self.arrival(prompt)

@@ -56,17 +56,19 @@ class Redundancy(Policy):
         }
 
     def next_state(self, state: PyTree, tokens: Tokens) -> PyTree:
-        new = {"queries": tokens.queries.swapaxes(2, 3) * jnp.float32(tokens.step.scale), "keys": tokens.keys}
-        if new["queries"].shape[3] != state["queries"].shape[3]:
+        queries, keys, places = tokens.last(self.window)
+        if queries.shape[2] != state["queries"].shape[3]:
             raise UsageError("Redundancy needs as many query heads for every kv head")
-        # Valid tokens come first, so the last `window` of old and new ones begin where the new ones end.
-        index = tokens.valid.sum(-1, dtype=jnp.int32)[:, None] + jnp.arange(self.window, dtype=jnp.int32)
+        new = {"queries": queries.swapaxes(2, 3) * jnp.float32(tokens.step.scale), "keys": keys}
+        # Fewer new tokens than the window holds push as many old ones out.
+        older = jnp.minimum(jnp.arange(self.window, dtype=jnp.int32) + tokens.count[:, None], self.window - 1)
 
-        def last(old: jax.Array, x: jax.Array) -> jax.Array:
-            joined = jnp.concatenate([old, x.astype(old.dtype)], axis=2)
-            return jnp.take_along_axis(joined, index.reshape(index.shape[0], 1, -1, *(1,) * (old.ndim - 3)), axis=2)
+        def joined(old: Array, x: Array) -> Array:
+            shape = (old.shape[0], 1, self.window, *(1,) * (old.ndim - 3))
+            kept = jnp.take_along_axis(old, older.reshape(shape), axis=2)
+            return jnp.where((places >= 0).reshape(shape), x.astype(old.dtype), kept)
 
-        return jax.tree.map(last, state, new)
+        return jax.tree.map(joined, state, new)
 
     def prompt_scores(self, prompt: Prompt) -> Array:
         state = self.next_state(prompt.state, prompt)

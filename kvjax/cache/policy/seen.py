@@ -72,6 +72,29 @@ class Tokens:
         """[B, K, T, H]."""
         return self.step.values.swapaxes(1, 2)
 
+    @property
+    def count(self) -> Array:
+        """int32 [B], how many of them exist."""
+        return self.valid.sum(-1, dtype=jnp.int32)
+
+    def last(self, number: int) -> tuple[Array, Array, Array]:
+        """Each row's last tokens: queries [B, K, G, number, H] and keys [B, K, number, H], rotated; their places.
+
+        Places int32 [B, number] count from the first of these tokens; where one is negative there is no such token.
+        Gathered before they are rotated: what is not asked for is not computed.
+        """
+        places = self.count[:, None] - number + jnp.arange(number, dtype=jnp.int32)
+        index = jnp.maximum(places, 0)
+
+        def take(x: Array) -> Array:
+            return jnp.take_along_axis(x, index.reshape(index.shape[0], number, *(1,) * (x.ndim - 2)), axis=1)
+
+        step = self.step
+        step = dataclasses.replace(
+            step, queries=take(step.queries), keys=take(step.keys), positions=take(step.positions)
+        )
+        return rotate(step, group_queries(step)), rotate(step, step.keys.swapaxes(1, 2)), places
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -93,21 +116,19 @@ class Prompt(Tokens):
     @property
     def lengths(self) -> Array:
         """int32 [B]."""
-        return self.valid.sum(-1, dtype=jnp.int32)
+        return self.count
 
     def last_queries(self, count: int) -> tuple[Array, Array, Array]:
         """Each row's last `count` queries, rotated [B, K, G, count, H]; their positions; whether they exist."""
-        positions = self.lengths[:, None] - count + jnp.arange(count, dtype=jnp.int32)
-        index = jnp.maximum(positions, 0)[:, None, None]
-        return jnp.take_along_axis(self.queries, index[..., None], axis=3), positions, positions >= 0
+        queries, _, places = self.last(count)
+        return queries, places, places >= 0
 
     def mass(self, reduce: GroupReduce, last: int | None = None, perturbed: Perturbed | None = None) -> Array:
         """Attention that every key receives: f32 [B, K, T], summed over all queries or over each row's `last` ones."""
         queries, lse, query_positions, query_valid = self.queries, self.log_sum_exp, self.positions, self.valid
         if last is not None:
             queries, query_positions, query_valid = self.last_queries(last)
-            index = jnp.maximum(query_positions, 0)[:, None, None]
-            lse = jnp.take_along_axis(lse, index, axis=3)
+            lse = jnp.take_along_axis(lse, jnp.maximum(query_positions, 0)[:, None, None], axis=3)
         masses = attention_mass(
             queries,
             self.keys,
