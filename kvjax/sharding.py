@@ -249,7 +249,7 @@ def shard_cache(cache: ModelCache, mesh: Mesh, rules: ShardingRules = ShardingRu
         cut = rules.axis("kv_heads", layer.dims.kv_heads, mesh) is not None
         if cut and (layer.method.joint or layer.method.by_head(layer.dims)):
             raise UsageError(
-                f"method {layer.method.name!r} stores the kv heads of a layer together or by a table of all of them, so "
+                f"method {layer.method.name!r} stores a layer's kv heads together or by a table of them, so "
                 "they cannot be cut; spread rows only: ShardingRules(heads=None, kv_heads=None)"
             )
     placed = place(cache, cache_specs(cache, mesh, rules), mesh)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
@@ -17,8 +18,11 @@ from kvjax.cache.method import CacheMethod
 from kvjax.cache.plan import layer_bytes, resolve
 from kvjax.calibration.calibrate import FINDERS
 from kvjax.engine.calibrated import SUFFIX, Calibrated, load_calibration
+from kvjax.engine.prefill import cache_dims
 from kvjax.errors import UsageError
-from kvjax.evaluation.figure import percent
+from kvjax.evaluation.defaults import DTYPE, REFERENCE
+from kvjax.evaluation.figure import byte_size, percent
+from kvjax.evaluation.setting import LEAST_PROMPT
 from kvjax.evaluation.summary import SAME_MEMORY
 from kvjax.models.language_model import LanguageModel
 
@@ -28,7 +32,6 @@ Kind = Literal["whole", "evicts", "fewer bits", "both"]
 SETTINGS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "kivi-2": ("kivi-2", "kivi-2:residual=32"),
-        "int2": ("int2", "int2:group=32"),
         "int8_channel": ("int8_channel", "int8_channel:bits=4"),
         "think": ("think", "think:share=0.25"),
         "kvtuner": ("kvtuner", "kvtuner:table=k4v2"),
@@ -85,15 +88,17 @@ def entrants(named: Sequence[str], folder: Path | None, model: LanguageModel) ->
     Raises:
       UsageError: an unknown name, no such folder, or a calibration to another model.
     """
-    dims = _row(model, model.config.max_positions)
+    dims = cache_dims(model, 1, LEAST_PROMPT, LEAST_PROMPT, DTYPE)
     calibrated = [_calibrated(path, model) for path in _files(folder)]
-    known = {one.name for one in calibrated} | {variant for one in calibrated for variant in _methods(one)}
+    made = {one.name for one in calibrated}
     chosen, missing = [], []
     for name in named or methods.METHODS:
         method = methods.parse(name)
-        if any(finder.fits(method, dims) for finder in FINDERS):
-            missing += [] if name in known else [name]
-        elif name != "full":
+        if name == REFERENCE or name in made:
+            continue
+        if any(finder.fits(method, tuple(dims)) for finder in FINDERS):
+            missing.append(name)
+        else:
             chosen.append(Entrant(name, {s: methods.parse(s) for s in SETTINGS.get(name, (name,))}))
     return [*chosen, *calibrated], missing
 
@@ -147,11 +152,9 @@ def _sized(
     full = sum(4 * layer.kv_heads * layer.head_dim * layer.max_length for layer in dims)
     try:
         resized, value = resize(method, dims, int(size * full))
-        for layer in dims:
-            resized.layout(layer)
+        return _filled(empty, _spelled(name, option, value), entrant, resized, dims)
     except UsageError as error:
         return dataclasses.replace(empty, reason=str(error))
-    return _filled(empty, _spelled(name, option, value), entrant, resized, dims)
 
 
 def _fixed(entrant: Entrant, dims: Sequence[CacheDims], sizes: Sequence[float]) -> list[Cell]:
@@ -171,7 +174,9 @@ def _fixed(entrant: Entrant, dims: Sequence[CacheDims], sizes: Sequence[float]) 
             taken[size] = dataclasses.replace(cell, size=size)
     reason = "; ".join(refused) or f"its settings take {', '.join(percent(cell.share) for cell in made)}"
     placed = {cell.setting for cell in taken.values()}
-    elsewhere = [cell for cell in made if cell.setting not in placed and 2.0 ** round(math.log2(cell.share)) not in taken]
+    elsewhere = [
+        cell for cell in made if cell.setting not in placed and 2.0 ** round(math.log2(cell.share)) not in taken
+    ]
     blank = Cell(entrant.name, kind(_method(next(iter(entrant.variants.values())))), None, reason=reason)
     return [taken.get(size) or dataclasses.replace(blank, size=size) for size in sizes] + elsewhere
 
@@ -190,8 +195,14 @@ def _filled(
 
 def _with_bytes(method: CacheMethod, dims: Sequence[CacheDims], limit: int) -> tuple[CacheMethod, int]:
     """The method with the largest budget that takes at most `limit` bytes."""
-    budget = dataclasses.replace(method.budget, tokens_kept=None, share=None, bytes_kept=limit)  # pyright: ignore[reportCallIssue]
-    return resolve(dataclasses.replace(method, budget=budget), dims), limit
+    budget, longest = method.budget, max(layer.prompt_length for layer in dims)
+    assert isinstance(budget, Sized)
+    share_of(dataclasses.replace(method, budget=budget.with_tokens(longest)), dims)  # raises where a part does not fit
+    budget = dataclasses.replace(budget, tokens_kept=None, share=None, bytes_kept=limit)
+    try:
+        return resolve(dataclasses.replace(method, budget=budget), dims), limit
+    except UsageError as error:
+        raise UsageError(f"even its smallest budget takes more than {byte_size(limit)}") from error
 
 
 def _with_window(method: CacheMethod, dims: Sequence[CacheDims], limit: int) -> tuple[CacheMethod, int]:
@@ -209,8 +220,7 @@ def _with_window(method: CacheMethod, dims: Sequence[CacheDims], limit: int) -> 
         else:
             high = middle - 1
     if low == 0:
-        whole = sum(layer_bytes(windowed(1), layer) for layer in dims)
-        raise UsageError(f"with a window of one token its cache takes {whole} bytes, more than {limit}")
+        raise UsageError(f"even with a window of one token it takes more than {byte_size(limit)}")
     return windowed(low), low
 
 
@@ -223,8 +233,6 @@ def _spelled(name: str, option: str, value: int) -> str:
 
 
 def _options(part: str) -> Sequence[str]:
-    import inspect
-
     build = methods.METHODS.get(part.partition(":")[0])
     return [] if build is None else list(inspect.signature(build).parameters)
 
@@ -243,16 +251,5 @@ def _calibrated(path: Path, model: LanguageModel) -> Entrant:
     return Entrant(path.stem, {path.stem: found})
 
 
-def _methods(entrant: Entrant) -> Iterator[str]:
-    for variant in entrant.variants.values():
-        yield _method(variant).name
-
-
 def _method(entrant: CacheMethod | Calibrated) -> CacheMethod:
     return entrant.method if isinstance(entrant, Calibrated) else entrant
-
-
-def _row(model: LanguageModel, length: int) -> tuple[CacheDims, ...]:
-    from kvjax.engine.prefill import cache_dims
-
-    return tuple(cache_dims(model, 1, length, length, "bfloat16"))

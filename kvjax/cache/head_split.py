@@ -155,4 +155,7 @@ def empty_layer(
 ) -> AnyLayer:
     """The empty cache of a layer: one, or one for each group of heads that share a budget."""
     method = method.for_layer(dims)
-    return (HeadSplit if method.by_head(dims) else LayerCache).init(method, dims, prompt_lengths, data)
+    groups = method.by_head(dims)
+    if len(groups) == 1:  # a table that treats all heads of this layer alike
+        method, groups = groups[0][1], ()
+    return (HeadSplit if groups else LayerCache).init(method, dims, prompt_lengths, data)

@@ -163,6 +163,12 @@ class CacheMethod:
         return self.keys, self.values
 
     @property
+    def calibrated(self) -> bool:
+        """Whether a part has to be calibrated to the model before the method can be used."""
+        policies = (self.policy,) if self.budget.evicts else ()
+        return any(part.calibrated for part in (*self.codecs, *self.fate.codecs, *policies))
+
+    @property
     def joint(self) -> bool:
         """Whether heads share a store, so that they cannot be spread over devices."""
         return any(codec.joint for codec in (*self.codecs, *self.fate.codecs))

@@ -44,7 +44,7 @@ class LowRankFactors:
 
     start: Start = "principal"
     steps: int | None = None
-    rate: float = 1e-3
+    rate: float = 3e-3
     alpha: float = 0.5
 
     def __post_init__(self) -> None:

@@ -48,7 +48,7 @@ class LazyLayers:
         if not isinstance(method.recent, int) or task.given.lengths.max() <= method.sinks + method.recent:
             raise UsageError(
                 f"method {method.name!r} keeps {method.sinks} sinks and {method.recent} recent tokens, and no "
-                f"sample is longer ({task.given.length}): all layers would seem lazy. Give longer samples, or keep less."
+                f"sample is longer ({task.given.length}): all layers would seem lazy. Give longer ones, or keep less."
             )
         look = Ends(method.sinks, method.recent, self.queries)
         masses = []

@@ -26,7 +26,8 @@ class PrefixShares:
 
     PrefixKV (Wang et al., 2024, arXiv:2412.03409): a token's importance is the attention that it receives, summed over
     queries and heads. The lengths are those for the method's budget at the samples' length, so they should be as long
-    as the prompts to come; shares are of what layers keep besides sinks and recent window. The release stops its bisection at an error of 5 tokens and scales; here it has 40 steps.
+    as the prompts to come; shares are of what layers keep besides sinks and recent window. The release stops its
+    bisection at an error of 5 tokens and scales; here it has 40 steps.
     """
 
     @property

@@ -31,7 +31,7 @@ def reconstruction_error(codec: LowRank, factors: Factors, x: NDArray[np.float32
 
 
 def train_factors(
-    codec: LowRank, factors: Factors, x: NDArray[np.float32], *, steps: int, rate: float = 1e-3, seed: int = 0
+    codec: LowRank, factors: Factors, x: NDArray[np.float32], *, steps: int, rate: float = 3e-3, seed: int = 0
 ) -> dict[str, NDArray[np.float32]]:
     """Both factors after `steps` of Adam on the squared error of x f32 [tokens, K, H], window by window.
 

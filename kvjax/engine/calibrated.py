@@ -13,7 +13,6 @@ import re
 import secrets
 import weakref
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +158,7 @@ def unpack(
     if isinstance(method, Calibrated):
         method.check(model)
         return method.method, method.data
-    if any(jax.tree.leaves(jax.eval_shape(partial(_blank, method, layer))) for layer in dims):
+    if any(method.for_layer(layer).calibrated for layer in dims):
         raise UsageError(
             f"method {method.name!r} has to be calibrated to the model first: kvjax calibrate --method {method.name} "
             f"--text FILE --out NAME{SUFFIX}, or kvjax.calibrate(model, {method.name!r}, text). Then give the file's "

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.loader.base import Loader, PyTree, dot, mix, static
-from pallas_kernels.packing import LOW_BITS, join_planes
+from pallas_kernels.packing import LOW_BITS, join_planes, unpack_doubled
 from pallas_kernels.rows import Rows, tile
 
 
@@ -87,8 +87,11 @@ class IntegerLoader(Loader):
         group = self.head_dim // scale.shape[-1]
         scale, zero = (jnp.repeat(x, group, axis=-1) if x.shape[-1] > 1 else x for x in (scale, zero))
         width = self.codes.width
-        high = None if self.high is None else self._blocks(self.high)
-        planes = join_planes(self._blocks(self.codes), high, self.bits)
+        if self.bits in (4, 2):
+            planes, scale = unpack_doubled(self._blocks(self.codes), self.bits), scale * 0.5
+        else:
+            high = None if self.high is None else self._blocks(self.high)
+            planes = join_planes(self._blocks(self.codes), high, self.bits)
 
         def cut(x: jax.Array, index: int) -> jax.Array:
             return x if x.shape[-1] == 1 else x[..., index * width : (index + 1) * width]

@@ -44,7 +44,7 @@ def text() -> str:
     return heldout_text()[:8000]
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def quick_compile() -> Iterator[None]:
     """The programs of these tests run for milliseconds, so they are compiled quickly rather than well."""
     before = jax.config.read("jax_disable_most_optimizations")

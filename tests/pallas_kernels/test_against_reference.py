@@ -138,7 +138,7 @@ def temporaries(function: Any, *args: Any, **kwargs: Any) -> int:
     return jax.jit(function).lower(*args, **kwargs).compile().memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("bits", [16, 8, 4, 2])
 def test_quantised_decode_never_decodes_a_whole_cache(bits: int) -> None:
     """At 4,096 slots the temporaries stay below an eighth of the decoded keys and values in float32."""
     stored = decode_specs.Format(bits)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from kvjax.cache.codec import Codec
 from kvjax.cache.layout import CacheDims, Layout
@@ -20,7 +20,12 @@ class Fate(abc.ABC):
 
     A fate may keep a segment of its own, `aside`, which attention reads like the others. It may also have a say in who
     loses (`rescore`).
+
+    Class attributes:
+      scope: what its say looks at: "head", or "layer" (one exchange at a prompt's end where heads are sharded).
     """
+
+    scope: ClassVar[Literal["head", "layer"]] = "head"
 
     @property
     @abc.abstractmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax.numpy as jnp
 
@@ -34,6 +34,8 @@ class Represent(Fate):
       anchor: what signatures are compared with; "mean" is the majority of each bit.
       seed: of a random anchor.
     """
+
+    scope: ClassVar[Literal["head", "layer"]] = "layer"
 
     share: float = 0.25
     anchor: Anchor = "alternating"

@@ -64,22 +64,23 @@ def projected_norms(tokens: Tokens) -> Array:
     step = tokens.step
     if step.output_projection is None:
         raise UsageError("CriticalKV needs the output projection: pass it to `attend`, or as Step.output_projection")
-    filled = jnp.asarray(group_filled(step))
-    as_queries = dataclasses.replace(step, queries=step.output_projection.transpose(2, 0, 1)[None])
-    projections = group_queries(as_queries)[0].swapaxes(2, 3)  # [K, G, H, D]
+    projection, filled = step.output_projection, jnp.asarray(group_filled(step))
+    numbers = jnp.arange(projection.shape[0], dtype=jnp.int32)[None, None, :, None]
+    query_heads = group_queries(dataclasses.replace(step, queries=numbers)).reshape(filled.shape)
     values = tokens.values.swapaxes(0, 1).astype(jnp.float32)
     heads, batch, count, width = values.shape
-    block = max(1, min(batch * count, BLOCK_ELEMENTS // projections.shape[-1]))
+    block = max(1, min(batch * count, BLOCK_ELEMENTS // projection.shape[-1]))
     rows = values.reshape(heads, -1, width)
     rows = jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % block), (0, 0))).reshape(heads, -1, block, width)
 
     def of_head(head: tuple[Array, Array, Array]) -> Array:
-        blocks, weights, exists = head
+        blocks, numbers, exists = head
 
-        def norms(weight: Array) -> Array:
+        def norms(number: Array) -> Array:
+            weight = projection[number].astype(jnp.float32)
             return jax.lax.map(lambda x: jnp.abs(x @ weight).sum(-1), blocks).reshape(-1)[: batch * count]
 
-        each = jax.lax.map(norms, weights.astype(jnp.float32))
+        each = jax.lax.map(norms, numbers)
         return jnp.where(exists[:, None], each, 0.0).sum(0) / exists.sum()
 
-    return jax.lax.map(of_head, (rows, projections, filled)).reshape(heads, batch, count).swapaxes(0, 1)
+    return jax.lax.map(of_head, (rows, query_heads, filled)).reshape(heads, batch, count).swapaxes(0, 1)

@@ -121,6 +121,7 @@ def _one_head(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _joint(keys: Loader, values: Loader, slots: Slots) -> bool:
     """Whether all kv heads read the same slots, so that their queries are those of one head."""
+    shared = all(x.shape[0] == 1 for x in jax.tree.leaves((keys.per_head, values.per_head)))
     arrays = [*jax.tree.leaves((keys.slots, values.slots)), slots.valid, slots.positions, slots.bias, slots.lengths]
     arrays.append(None if slots.pages is None else slots.pages.table)
-    return all(x is None or x.shape[1] == 1 for x in arrays)
+    return shared and all(x is None or x.shape[1] == 1 for x in arrays)

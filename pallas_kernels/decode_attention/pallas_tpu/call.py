@@ -17,7 +17,8 @@ from pallas_kernels.decode_attention.pallas_tpu import blocks
 from pallas_kernels.decode_attention.pallas_tpu.edges import finish, start
 from pallas_kernels.decode_attention.pallas_tpu.mask import Mask
 from pallas_kernels.decode_attention.pallas_tpu.plan import Plan
-from pallas_kernels.decode_attention.pallas_tpu.step import Operand, Step
+from pallas_kernels.decode_attention.pallas_tpu.reader import Operand
+from pallas_kernels.decode_attention.pallas_tpu.step import Step
 from pallas_kernels.loader import Loader
 from pallas_kernels.pages import Pages
 from pallas_kernels.rows import LANES
@@ -122,7 +123,9 @@ def _inputs(plan: Plan, q: jax.Array, keys: Loader, values: Loader, slots: Slots
         )
 
     def constant(x: jax.Array) -> pl.BlockSpec:
-        return pl.BlockSpec(x.shape, lambda *_: (0,) * x.ndim)
+        shared = x.shape[0] == 1
+        shape = (1 if shared else heads, *x.shape[1:])
+        return pl.BlockSpec(shape, lambda b, k, *_: (0 if shared else k, *(0,) * (x.ndim - 1)))
 
     inputs: dict[str, Any] = {"q": padded(q, plan.queries)}
     specs: dict[str, Any] = {"q": pl.BlockSpec((rows, heads, *inputs["q"].shape[2:]), _of_row)}

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.decode_attention.pallas_tpu.coded import Integer
 from pallas_kernels.decode_attention.pallas_tpu.lanes import columns, lane, placement
-from pallas_kernels.decode_attention.pallas_tpu.reader import Integer, Reader, own
-from pallas_kernels.decode_attention.pallas_tpu.unit import bfloat16_pair, dot
+from pallas_kernels.decode_attention.pallas_tpu.reader import Operand, Reader, Tile, own, paired
+from pallas_kernels.decode_attention.pallas_tpu.unit import dot
 from pallas_kernels.rows import LANES
 
 
@@ -31,15 +31,19 @@ class Blockwise(Integer):
         return False
 
     @property
+    def finite(self) -> bool:
+        return False
+
+    @property
     def decodes(self) -> bool:
         return True
 
     def read(self, operand: Any, row: int, head: int) -> list[list[jax.Array]]:
         data = operand.loader.codes.data
-        return _paired(self.decode(operand.loader, row, head), data.shape[2] // LANES)
+        return paired(self.decode(operand, row, head), data.shape[2] // LANES)
 
-    def decode(self, loader: Any, row: int, head: int) -> Callable[[int], list[jax.Array]]:
-        scale = loader.scale[0]
+    def decode(self, operand: Any, row: int, head: int) -> Tile:
+        loader, scale = operand.loader, operand.loader.scale[0]
         factor = scale[row, own(scale, head)].astype(jnp.float32)
         summand = self.offset * factor
         if loader.zero is not None:
@@ -53,8 +57,8 @@ class Blockwise(Integer):
             return jnp.broadcast_to(x[:, None], (each, self.size, self.lanes)).reshape(LANES, self.lanes)
 
         def tile(t: int) -> list[jax.Array]:
-            codes = self.codes(loader, row, head, slice(t * LANES, (t + 1) * LANES))
-            return [x.astype(jnp.float32) * long(scales[i], t) + long(shifts[i], t) for i, x in enumerate(codes)]
+            numbers = self.numbers(operand, row, head, t)
+            return [x * long(scales[i], t) + long(shifts[i], t) for i, x in enumerate(numbers)]
 
         return tile
 
@@ -93,14 +97,16 @@ class Rotated(Reader):
         """Planes with frequencies of their own: a channel and its partner half a head away have the same."""
         return max(1, self.planes // 2)
 
-    def constants(self, loader: Any) -> tuple[jax.Array, ...]:
-        """Frequency and amplitude of every lane, f32 [2, tables · padded]."""
-        rope = loader.rope
-        plane = jnp.arange(self.tables)[:, None]
-        channel = plane * self.width + jnp.arange(self.padded) % self.width
-        frequency = rope.inv_freq.astype(jnp.float32)[channel % (self.dim // 2)].reshape(-1)
+    @property
+    def tile(self) -> int:
+        return self.inner.tile
+
+    def constants(self, loader: Any) -> Any:
+        """Frequency and amplitude of every lane, f32 [1, 2, tables · padded], and what the unrotated keys need."""
+        rope, channels = loader.rope, self.channels[: self.tables * self.padded]
+        frequency = rope.inv_freq.astype(jnp.float32)[channels % (self.dim // 2)]
         amplitude = jnp.broadcast_to(rope.amplitude.astype(jnp.float32), frequency.shape)
-        return (jnp.stack([frequency, amplitude]),)
+        return jnp.stack([frequency, amplitude])[None], self.inner.constants(loader.inner)
 
     def scratch(self, block: int, rows: int, heads: int) -> tuple[tuple[tuple[int, ...], Any], ...]:
         shape = (rows * (1 if self.shared else heads), self.tables, block // self.fold, self.padded)
@@ -108,7 +114,7 @@ class Rotated(Reader):
 
     def prepare(self, operand: Any) -> None:
         """Cosines and sines of all slots; the sines of the first half of a head are negative in a single plane."""
-        positions, (table,), (cos, sin) = operand.loader.positions, operand.constants, operand.scratch
+        positions, (table, _), (cos, sin) = operand.loader.positions, operand.constants, operand.scratch
         rows, heads, block = positions.shape
         for row, head in ((i, h) for i in range(rows) for h in range(heads)):
             now = positions[row, head : head + 1].astype(jnp.float32)
@@ -121,7 +127,7 @@ class Rotated(Reader):
                 at = columns(chunk, self.fold, self.width)
                 for i in range(self.tables):
                     lanes = slice(i * self.padded, i * self.padded + self.lanes)
-                    angle, amplitude = at * table[0:1, lanes], table[1:2, lanes]
+                    angle, amplitude = at * table[0, 0:1, lanes], table[0, 1:2, lanes]
                     place = (row * heads + head, i, slice(t * LANES, (t + 1) * LANES), slice(0, self.lanes))
                     cos[place] = jnp.cos(angle) * amplitude
                     found = jnp.sin(angle) * amplitude
@@ -135,7 +141,7 @@ class Rotated(Reader):
 
     def read(self, operand: Any, row: int, head: int) -> list[list[jax.Array]]:
         loader = operand.loader
-        inner = self.inner.decode(loader.inner, row, head)
+        inner = self.inner.decode(Operand(loader.inner, operand.constants[1]), row, head)
         number = row * loader.positions.shape[1] + (0 if self.shared else head)
         half = self.planes // 2
 
@@ -148,7 +154,7 @@ class Rotated(Reader):
             low = [x[i] * cos[i] - x[i + half] * sin[i] for i in range(half)]
             return low + [x[i + half] * cos[i] + x[i] * sin[i] for i in range(half)]
 
-        return _paired(tile, operand.scratch[0].shape[2] // LANES)
+        return paired(tile, operand.scratch[0].shape[2] // LANES)
 
     def _partner(self, x: jax.Array) -> jax.Array:
         """The channel half a head away, in the lane of each channel."""
@@ -159,9 +165,3 @@ class Rotated(Reader):
         if self.fold == 1:
             return ahead
         return jnp.where(lane(x.shape) % self.dim < half, ahead, pltpu.roll(x, half, 1))
-
-
-def _paired(tile: Callable[[int], list[jax.Array]], tiles: int) -> list[list[jax.Array]]:
-    """Planes as pairs of bfloat16 arrays, made tile by tile: what is decoded is never all alive."""
-    pairs = [[bfloat16_pair(x) for x in tile(t)] for t in range(tiles)]
-    return [[jnp.concatenate([pair[i][k] for pair in pairs], axis=0) for k in range(2)] for i in range(len(pairs[0]))]

@@ -78,7 +78,7 @@ class Plan:
         """
         batch, heads, queries, _ = shape
         fold = min(keys.fold, values.fold)
-        tile = LANES * max(keys.fold, values.fold)
+        tile = max(keys.tile, values.tile)
         step_heads = heads if heads <= HEADS or heads % SUBLANES else SUBLANES
         block = min(up(slots, tile), BLOCK)
         step_rows = divisor_at_most(batch, max(1, min(MOST, HEADS * BLOCK // block) // step_heads))

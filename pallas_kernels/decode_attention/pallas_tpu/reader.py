@@ -12,11 +12,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.decode_attention.pallas_tpu.lanes import columns, lane, up
-from pallas_kernels.loader import Loader
+from pallas_kernels.decode_attention.pallas_tpu.lanes import lane, up
+from pallas_kernels.decode_attention.pallas_tpu.unit import bfloat16_pair
 from pallas_kernels.rows import LANES
+
+Tile = Callable[[int], list[jax.Array]]
+"""Tile t of a head's planes, each f32 [128, lanes]."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Operand:
+    """Keys or values of a step: their loader with references in place of arrays, constants and scratch memory."""
+
+    loader: Any
+    constants: Any = ()
+    scratch: Any = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +63,17 @@ class Reader:
         """The same, in whole vector registers."""
         return up(self.lanes, LANES)
 
+    @property
+    def tile(self) -> int:
+        """Slots in the smallest piece that can be decoded by itself."""
+        return LANES * self.fold
+
+    @property
+    def channels(self) -> jax.Array:
+        """int32 [planes · padded]: the channel of every lane of every plane."""
+        plane = jnp.arange(self.planes)[:, None]
+        return (plane * self.width + jnp.arange(self.padded) % self.width).reshape(-1)
+
     def planes_of(self, group: int) -> range:
         """Planes that hold channels of a group."""
         size = self.dim // max(1, self.groups)
@@ -62,8 +84,8 @@ class Reader:
         channel = plane * self.width + lane((rows, self.lanes)) % self.width
         return channel // (self.dim // max(1, self.groups))
 
-    def constants(self, loader: Loader) -> tuple[jax.Array, ...]:
-        """Small arrays that the kernel needs beside the slots."""
+    def constants(self, loader: Any) -> Any:
+        """Small arrays [K or 1, ...] that the kernel needs beside the slots; of heads it gets those of its step."""
         return ()
 
     def scratch(self, block: int, rows: int, heads: int) -> tuple[tuple[tuple[int, ...], Any], ...]:
@@ -76,6 +98,16 @@ class Reader:
     @property
     def has_summand(self) -> bool:
         return False
+
+    @property
+    def finite(self) -> bool:
+        """Whether the planes are finite whatever bits a slot holds, so that a weight of 0 silences it."""
+        return False
+
+    @property
+    def terms(self) -> int:
+        """Numbers of bfloat16 that add up to a decoded one."""
+        return 1 if self.unit == jnp.bfloat16 else 2
 
     @property
     def bytes_per_slot(self) -> float:
@@ -96,78 +128,18 @@ class Reader:
         x = operand.loader.x
         return [[x[row, own(x, head)]]]
 
-    def decode(self, loader: Any, row: int, head: int) -> Callable[[int], list[jax.Array]]:
+    def decode(self, operand: Any, row: int, head: int) -> Tile:
         """A function that gives tile t of the same planes as numbers f32 [128, lanes], scales included."""
-        x = loader.x
+        x = operand.loader.x
         return lambda t: [x[row, own(x, head), t * LANES : (t + 1) * LANES].astype(jnp.float32)]
-
-
-@dataclasses.dataclass(frozen=True)
-class Integer(Reader):
-    """Integer codes w with a factor and a summand per slot: x = w · factor + summand.
-
-    Attributes:
-      bits: as in the loader.
-      symmetric: codes without zero points.
-    """
-
-    bits: int = 8
-    symmetric: bool = False
-
-    @property
-    def offset(self) -> float:
-        """What makes a number of the large operand a code (8 bits: signed) or a symmetric code."""
-        return (128.0 if self.bits == 8 else 0.0) - (2.0 ** (self.bits - 1) if self.symmetric else 0.0)
-
-    @property
-    def has_summand(self) -> bool:
-        return self.offset != 0 or not self.symmetric
-
-    def affine(self, loader: Any, row: int, group: int) -> tuple[jax.Array, jax.Array | None]:
-        factor = loader.scale[group][row].astype(jnp.float32)
-        if loader.zero is None:
-            return factor, factor * self.offset if self.offset else None
-        zero = loader.zero[group][row].astype(jnp.float32)
-        return factor, zero + factor * self.offset if self.offset else zero
-
-    def read(self, operand: Any, row: int, head: int) -> list[list[jax.Array]]:
-        return [[x.astype(self.unit)] for x in self.codes(operand.loader, row, head)]
-
-    def codes(self, loader: Any, row: int, head: int, rows: slice = slice(None)) -> list[jax.Array]:
-        """int8 planes, or some of their rows."""
-        data = loader.codes.data
-        words = pltpu.bitcast(data[row, own(data, head), rows], jnp.int32)
-        if self.bits == 8:
-            return [pltpu.bitcast(words ^ jnp.int32(-0x7F7F7F80), jnp.int8)]
-        mask = jnp.int32((2**self.bits - 1) * 0x01010101)
-        return [pltpu.bitcast((words >> (self.bits * i)) & mask, jnp.int8) for i in range(self.planes)]
-
-    def decode(self, loader: Any, row: int, head: int) -> Callable[[int], list[jax.Array]]:
-        index = own(loader.scale[0], head)
-        affine = [self.affine(loader, row, c) for c in range(self.groups)]
-
-        def laid_out(numbers: jax.Array, t: int) -> jax.Array:
-            def chunk(c: int) -> jax.Array:
-                start = (t * self.fold + c) * LANES
-                return numbers[index : index + 1, start : start + LANES]
-
-            return columns(chunk, self.fold, self.width)
-
-        def tile(t: int) -> list[jax.Array]:
-            codes = [x.astype(jnp.float32) for x in self.codes(loader, row, head, slice(t * LANES, (t + 1) * LANES))]
-            found: list[Any] = [0.0] * self.planes
-            for c, (factor, summand) in enumerate(affine):
-                scale, shift = laid_out(factor, t), 0.0 if summand is None else laid_out(summand, t)
-                for i in self.planes_of(c):
-                    x = codes[i] * scale + shift
-                    if self.groups > 1:
-                        x = jnp.where(self.group_of_lane(i, LANES) == c, x, 0.0)
-                    found[i] = found[i] + x
-            return found
-
-        return tile
 
 
 def own(ref: Any, head: int) -> int:
     """The index of a kv head of the step in a reference that all heads may share."""
     return head if ref.shape[1] > 1 else 0
+
+
+def paired(tile: Tile, tiles: int) -> list[list[jax.Array]]:
+    """Planes as pairs of bfloat16 arrays, made tile by tile: what is decoded is never all alive."""
+    pairs = [[bfloat16_pair(x) for x in tile(t)] for t in range(tiles)]
+    return [[jnp.concatenate([pair[i][k] for pair in pairs], axis=0) for k in range(2)] for i in range(len(pairs[0]))]

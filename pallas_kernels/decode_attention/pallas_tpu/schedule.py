@@ -26,6 +26,9 @@ def schedule(plan: Plan, keys: Loader, values: Loader, steps: int, copies: bool)
         heads = 1 if x.shape[1] == 1 else plan.step_heads
         return jax.ShapeDtypeStruct((plan.step_rows, heads, x.shape[2] * plan.block // slots, *x.shape[3:]), x.dtype)
 
+    def of_heads(x: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((min(x.shape[0], plan.step_heads), *x.shape[1:]), x.dtype)
+
     def whole_spec(x: Any) -> pl.BlockSpec:
         return pl.BlockSpec(x.shape, lambda s: (0,) * len(x.shape))
 
@@ -34,7 +37,8 @@ def schedule(plan: Plan, keys: Loader, values: Loader, steps: int, copies: bool)
 
     blocks = jax.tree.map(cut, (keys.slots, values.slots))
     q = jax.ShapeDtypeStruct((plan.step_rows, plan.step_heads, plan.queries, plan.keys.dim), jnp.float32)
-    small = (q, jax.eval_shape(plan.keys.constants, keys), jax.eval_shape(plan.values.constants, values))
+    constants = (jax.eval_shape(plan.keys.constants, keys), jax.eval_shape(plan.values.constants, values))
+    small = (q, *jax.tree.map(of_heads, constants))
     stored = jax.tree.map(lambda x: jax.ShapeDtypeStruct((x.shape[0] * steps, *x.shape[1:]), x.dtype), blocks)
     flat, tree = jax.tree.flatten((small, stored if copies else ()))
     specs = [whole_spec(x) for x in jax.tree.leaves(small)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.decode_attention.pallas_tpu.lanes import columns, refold, spread, wide
 from pallas_kernels.decode_attention.pallas_tpu.plan import LOG2E, Plan
+from pallas_kernels.decode_attention.pallas_tpu.reader import Operand
 from pallas_kernels.decode_attention.pallas_tpu.unit import (
     WEIGHT_TOP,
     dot,
@@ -18,15 +18,6 @@ from pallas_kernels.decode_attention.pallas_tpu.unit import (
     weight_operand,
 )
 from pallas_kernels.rows import LANES
-
-
-@dataclasses.dataclass(frozen=True)
-class Operand:
-    """Keys or values of a step: their loader with references in place of arrays, constants and scratch memory."""
-
-    loader: Any
-    constants: Any
-    scratch: Any
 
 
 class Step:
@@ -129,7 +120,7 @@ class Step:
         """Adds the weighted values of a block to those of the blocks before."""
         plan, values, at = self.plan, self.plan.values, self.at
         planes = [self._planes(values, self.values, g, a) for a in range(plan.group)]
-        if mask is not None and not values.groups:
+        if mask is not None and not values.finite:
             planes = [self._silenced(x, g, a) for a, x in enumerate(planes)]
         sums: dict[tuple[int, int], jax.Array] = {}
         for c, operand in enumerate(operands):
