@@ -37,7 +37,7 @@ class Config:
       threshold: simlayerkv: a layer with more attention than this on sinks and recent window is lazy.
     """
 
-    method: str
+    method: str = "kvquant-3"
     model: str = "reference"
     text: str | None = None
     out: Path | None = None

@@ -40,7 +40,7 @@ class Config:
       model: a Hugging Face folder, or "reference" for the model that comes with kvjax.
       methods: only these, without budgets; "snapkv+int4" and the like are welcome. By default all named methods.
       calibrations: a folder of what `kvjax calibrate` made for this model; each file is one more method, of its name.
-      quick: a preview in minutes: two sizes, two tasks, 32 questions each; times are not measured.
+      quick: a preview in minutes: two sizes, two tasks, 32 questions each.
       sizes: 4 stands for a quarter of the bytes of a full bf16 cache; by default 2, 4, 8 and 16.
       tasks: as in `kvjax compare`. Default is what that compares.
       seeds: how many; each draws other examples.
@@ -78,17 +78,9 @@ class Config:
 
 def main(config: Config) -> int:
     """Measures, prints the table and where the page is. Returns 1 if a method failed."""
-    import jax
-
     from experiments.board import markdown, page
 
-    before = jax.config.read("jax_disable_most_optimizations")
-    # A preview runs every program a few times only: most of its time would go into optimising them.
-    jax.config.update("jax_disable_most_optimizations", config.quick)
-    try:
-        board, folder = measured(config)
-    finally:
-        jax.config.update("jax_disable_most_optimizations", before)
+    board, folder = measured(config)
     text, html = markdown.markdown(board), page.html(board)
     for place in (folder, *((FOLDER,) if config.update else ())):
         (place / TEXT).write_text(text, encoding="utf-8")
@@ -129,4 +121,21 @@ def measured(config: Config) -> tuple[Board, Path]:
     with record.open_run("leaderboard", asked, out=config.out, seeds=range(preset.seeds)) as run:
         failures = refused | measure(plan, [name for name in runnable if name not in refused], run, progress.track)
     rows = [row for row in summarise(run.records) if row.method in runnable or row.method == defaults.REFERENCE]
-    return Board(board, rows, failures, missing, sizes, plan.config, run.info, config.quick), run.folder
+    asked_for = plan.config | {"command": command(config), "quick": config.quick}
+    return Board(board, rows, failures, missing, sizes, asked_for, run.info), run.folder
+
+
+def command(config: Config) -> str:
+    """The command line that asks for this, without the paths of one machine."""
+    words = ["kvjax leaderboard"]
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value == field.default or field.name in ("update", "out"):
+            continue
+        values = value if isinstance(value, tuple) else () if value is True else (value,)
+        words += [f"--{field.name.replace('_', '-')}", *(Path(v).name if _is_path(v) else str(v) for v in values)]
+    return " ".join(words)
+
+
+def _is_path(value: object) -> bool:
+    return isinstance(value, Path) or (isinstance(value, str) and Path(value).is_absolute())

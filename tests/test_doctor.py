@@ -9,6 +9,7 @@ import pytest
 
 from experiments import doctor, hardware, methods
 from kvjax.cache.codec import Integer
+from kvjax.cache.layout import CacheDims
 from kvjax.cache.methods import METHODS
 
 GPU = hardware.Accelerator("cuda12", "NVIDIA driver 550.54")
@@ -114,9 +115,12 @@ def test_the_driver_is_read_from_nvidia_smi(tmp_path, monkeypatch):
     assert hardware.nvidia_driver() is None
 
 
+DIMS = CacheDims(1, 8, 8, 128, 1, 1)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_every_named_method_is_described(name):
-    entry = methods.describe(name, METHODS[name], head_dim=128)
+    entry = methods.describe(name, METHODS[name], dims=DIMS)
     assert entry.summary.endswith(".")
     assert entry.paper
     assert all(0 < bits <= 16 for bits in entry.bits)
@@ -124,13 +128,13 @@ def test_every_named_method_is_described(name):
 
 
 def test_what_a_method_chooses_is_spelled_out():
-    entry = methods.describe("kivi-2", METHODS["kivi-2"], head_dim=128)
+    entry = methods.describe("kivi-2", METHODS["kivi-2"], dims=DIMS)
     assert dict(entry.axes)["recent"] == "128"
     assert dict(entry.axes)["keys"].startswith("Integer(bits=2")
     assert entry.bits == (3.0, 3.0)  # a scale and a zero point of 16 bits for 32 elements
     assert "Liu et al., 2024" in entry.paper and not entry.paper.endswith(".")
     assert methods.spelled(Integer(bits=4, group=16)) == "Integer(bits=4, axis=token, group=16, symmetric=False)"
-    assert dict(methods.describe("streaming_llm", METHODS["streaming_llm"], 128).axes)["policy"] == "Recency()"
+    assert dict(methods.describe("streaming_llm", METHODS["streaming_llm"], DIMS).axes)["policy"] == "Recency()"
 
 
 def test_the_methods_are_listed(capsys):

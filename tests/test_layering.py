@@ -40,6 +40,17 @@ LAYERS = {
     ),
     "kvjax.engine": ("kvjax.engine", "kvjax.models", "kvjax.cache", *BASE),
     "kvjax.training": ("kvjax.training", "kvjax.models", "kvjax.tasks", "kvjax.assets", *BASE),
+    "kvjax.convert": ("kvjax.convert", "kvjax.models", "kvjax.cache", *BASE),
+    "kvjax.calibration": (
+        "kvjax.calibration",
+        "kvjax.convert",
+        "kvjax.engine",
+        "kvjax.models",
+        "kvjax.cache",
+        "kvjax.tasks",
+        "kvjax.progress",
+        *BASE,
+    ),
     "kvjax.evaluation": (
         "kvjax.evaluation",
         "kvjax.progress",

@@ -26,7 +26,8 @@ class Board:
     rows: what was measured, the reference included, from `summarise`.
     failures: settings that broke, each with its error. missing: methods that would have to be calibrated first.
     sizes: shares of the full bf16 cache, from the largest down.
-    config: what was asked, as `Plan.config`. info: on what it ran, as run.json. quick: whether it is a preview.
+    config: what was asked: `Plan.config`, `command` (the command line) and `quick` (whether it is a preview).
+    info: on what it ran, as run.json.
     """
 
     cells: Sequence[Cell]
@@ -36,12 +37,15 @@ class Board:
     sizes: Sequence[float]
     config: Mapping[str, Any]
     info: Mapping[str, Any]
-    quick: bool
 
     @cached_property
     def measured(self) -> Mapping[str, Row]:
         """The rows of settings that did not break, and of the reference, by setting."""
         return {row.method: row for row in self.rows if row.method not in self.failures}
+
+    @property
+    def quick(self) -> bool:
+        return self.config["quick"]
 
     @property
     def full(self) -> Row:

@@ -92,7 +92,7 @@ def entrants(named: Sequence[str], folder: Path | None, model: LanguageModel) ->
     calibrated = [_calibrated(path, model) for path in _files(folder)]
     made = {one.name for one in calibrated}
     chosen, missing = [], []
-    for name in named or methods.METHODS:
+    for name in dict.fromkeys(named or methods.METHODS):
         method = methods.parse(name)
         if name == REFERENCE or name in made:
             continue

@@ -57,6 +57,7 @@ def made_by(board: Board) -> list[tuple[str, str]]:
     devices = ", ".join(f"{d['count']} x {d['platform']} ({d['kind']})" for d in info.get("devices") or ())
     git = info.get("git") or {}
     facts = {
+        "command": config["command"],
         "date": str(info.get("start") or "")[:10],
         "model": config["model"],
         "context": f"{board.full.context:,} tokens",
@@ -75,11 +76,9 @@ def made_by(board: Board) -> list[tuple[str, str]]:
 
 def _head(board: Board) -> Iterator[str]:
     settings = len(board.settings)
-    note = " **A quick board**: few questions, wide intervals, no times. Run the full one before you conclude."
+    note = " **A quick board**: few questions, wide intervals. Run the full one before you conclude."
     methods = len({cell.name for cell in board.settings.values()})
     yield f"{methods} methods in {settings} settings, beside the full cache.{note if board.quick else ''}"
-    yield ""
-    yield f"Written by `kvjax leaderboard{' --quick' if board.quick else ''} --update`."
     yield ""
     yield from _table(["", ""], made_by(board), right=False)
     if said := headline(board):

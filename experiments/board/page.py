@@ -59,6 +59,7 @@ def html(board: Board) -> str:
         wide=Markup(plot.pareto(shown, width=1040, height=520)) if shown else None,
         narrow=Markup(plot.pareto(shown, width=352, height=300 + 12 * len(shown))) if shown else None,
         columns=_columns(board),
+        falling=["size", "mean score", *board.tasks],
         lines=[_line(board, row, best) for row in board.measured.values()],
         kinds=[(kind, text) for kind, text in KINDS.items() if board.methods(kind)],
         failures=board.failures,
@@ -78,14 +79,23 @@ def _fronts(board: Board) -> list[Point]:
 
 
 def _columns(board: Board) -> list[str]:
-    times = [] if board.quick else ["prefill ms", "decode ms/token"]
     score = ["mean score"] if board.tasks else []
-    return ["kind", "size", "of full", *score, *board.tasks, *board.texts, "KL", "attention error", *times]
+    return [
+        "kind",
+        "size",
+        "of full",
+        *score,
+        *board.tasks,
+        *board.texts,
+        "KL",
+        "attention error",
+        "prefill ms",
+        "decode ms/token",
+    ]
 
 
 def _line(board: Board, row: Row, best: set[str]) -> Line:
     cell = board.settings.get(row.method)
-    times = [] if board.quick else [_number(row.prefill_ms), _number(row.decode_ms_per_token)]
     values = [
         Value("reference" if cell is None else cell.kind, "" if cell is None else cell.kind),
         _size(cell),
@@ -95,7 +105,8 @@ def _line(board: Board, row: Row, best: set[str]) -> Line:
         *(_number(row.perplexity.get(task), 4) for task in board.texts),
         _number(row.kl, 2),
         _number(row.attention_error, 2),
-        *times,
+        _number(row.prefill_ms),
+        _number(row.decode_ms_per_token),
     ]
     fronts = [kind for kind in KINDS if row.method in {point.row.method for point in board.front(kind)}]
     return Line(_name(board, row), row.method, values, row.method in best, fronts, row.notes)

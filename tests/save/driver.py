@@ -6,10 +6,12 @@ Every run is made once per process; tests share the results and must not donate 
 from __future__ import annotations
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from kvjax.cache.layout import CacheDims
 from kvjax.cache.methods import parse
@@ -20,7 +22,14 @@ from tests.cache.calibrated import data_of
 from tests.cache.cases import NAMED
 from tests.cache.driver import output_projection
 
-SPECS = (*NAMED, "h2o:tokens=24+int8")
+# One of each way to store and to evict; the slow tests take every named method.
+CORE = re.compile(
+    r"(full|random|h2o|streaming_llm.*renumbered|snapkv|tova|keyformer|kivi-2|int4|mikv|razor|quest|int8_channel|kvcrush|"
+    r"cskv:window=16|qjl|kvquant-2)(:|$)"
+)
+SPECS = [
+    spec if CORE.match(spec) else pytest.param(spec, marks=pytest.mark.slow) for spec in (*NAMED, "h2o:tokens=24+int8")
+]
 FAST_COMPILE = {"xla_backend_optimization_level": 0}
 
 B, K, N, H, PROMPT, STEPS = 4, 4, 8, 32, 64, 8

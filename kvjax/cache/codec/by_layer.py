@@ -38,7 +38,7 @@ class ByLayer(Codec):
             raise UsageError("ByLayer needs at least one codec")
 
     def for_layer(self, dims: CacheDims) -> ByLayer:
-        return dataclasses.replace(self, layer=dims.layer)
+        return self if self.layer is not None else dataclasses.replace(self, layer=dims.layer)
 
     @property
     def here(self) -> Codec:

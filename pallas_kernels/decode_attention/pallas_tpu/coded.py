@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.decode_attention.pallas_tpu import codes
-from pallas_kernels.decode_attention.pallas_tpu.lanes import columns, wide
+from pallas_kernels.decode_attention.pallas_tpu.lanes import columns
 from pallas_kernels.decode_attention.pallas_tpu.reader import Reader, Tile, own, paired
 from pallas_kernels.rows import LANES
 
@@ -146,9 +146,9 @@ class Codebook(Coded):
         return True
 
     def constants(self, loader: Any) -> Any:
-        """The table's entries, each in all lanes of a row, f32 [K or 1, 2**bits, 128]."""
+        """The table's entries in the first lanes of a row, f32 [K or 1, 1, 128]."""
         table = loader.table.astype(jnp.float32)
-        return (jnp.broadcast_to(table[..., None], (*table.shape, LANES)),)
+        return (jnp.pad(table, ((0, 0), (0, LANES - table.shape[1])))[:, None],)
 
     def _offset(self, loader: Any, row: int) -> jax.Array | None:
         return loader.offset[row].astype(jnp.float32) if self.offsets else None
@@ -160,9 +160,8 @@ class Codebook(Coded):
     def numbers(self, operand: Any, row: int, head: int, t: int) -> list[jax.Array]:
         (table,) = operand.constants
         index = head if table.shape[0] > 1 else 0
-        entries = [wide(table[index, i : i + 1], self.lanes) for i in range(2**self.bits)]
         cut = slice(t * LANES, (t + 1) * LANES)
-        return [_look_up(x, entries) for x in codes.planes(operand.loader, row, head, jnp.bfloat16, cut)]
+        return [_look_up(x, table[index]) for x in codes.planes(operand.loader, row, head, jnp.bfloat16, cut)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,21 +193,23 @@ class Float8(Coded):
         cut = slice(t * LANES, (t + 1) * LANES)
         x = pltpu.bitcast(codes.words(operand.loader.codes, row, head, cut), jnp.int8).astype(jnp.int32)
         bias = 2 ** (6 - self.mantissa) - 1
-        size = x & 0x7F
-        exponent = jnp.where(size >= self.special, 0xFF << 23, (127 - bias) << 23)
-        # Two cases, because a subnormal number of float32, which could stand for both, is 0 to a vector unit.
-        moved = size << (23 - self.mantissa)
-        normal = jnp.where(size >= self.special, moved | exponent, moved + exponent)
+        size, sign = x & 0x7F, x & jnp.int32(-(2**31))
+        # By how much the exponent grows: the largest one, of what is not finite, becomes the largest of float32.
+        more = jnp.where(size >= self.special, (0xFF - (0x7F >> self.mantissa)) << 23, (127 - bias) << 23)
+        normal = (size << (23 - self.mantissa)) + more
+        # A case of its own, because a subnormal number of float32 is 0 to a vector unit.
         small = size.astype(jnp.float32) * 2.0 ** (1 - bias - self.mantissa)
-        bits = jnp.where(size < 2**self.mantissa, pltpu.bitcast(small, jnp.int32), normal)
-        return [pltpu.bitcast(bits | (x & jnp.int32(-(2**31))), jnp.float32)]
+        found = jnp.where(size < 2**self.mantissa, pltpu.bitcast(small, jnp.int32), normal)
+        return [pltpu.bitcast(found | sign, jnp.float32)]
 
 
-def _look_up(plane: jax.Array, entries: list[jax.Array]) -> jax.Array:
-    """The entry of each code, by one choice per bit."""
-    wanted, bit = plane.astype(jnp.int32), 0
-    while len(entries) > 1:
-        odd = (wanted & (1 << bit)) != 0
-        entries = [jnp.where(odd, b, a) for a, b in zip(entries[::2], entries[1::2], strict=True)]
-        bit += 1
-    return entries[0]
+def _look_up(plane: jax.Array, table: jax.Array) -> jax.Array:
+    """The entry of each code [n, lanes] of a table [1, 128]: a vector register is permuted by another one."""
+    entries = jnp.broadcast_to(table, (plane.shape[0], LANES))
+    found = [
+        jnp.take_along_axis(
+            entries, plane[:, start : start + LANES].astype(jnp.int32), axis=1, mode="promise_in_bounds"
+        )
+        for start in range(0, plane.shape[1], LANES)
+    ]
+    return jnp.concatenate(found, axis=1)
