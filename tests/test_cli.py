@@ -94,7 +94,7 @@ def test_the_version_is_printed(capsys):
 
 
 def test_an_unknown_command_names_the_nearest(capsys):
-    assert cli.main(["compair"]) == 2
+    assert cli.main(["compares"]) == 2
     assert "Did you mean 'compare'?" in capsys.readouterr().err
 
 

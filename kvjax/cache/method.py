@@ -204,6 +204,12 @@ class CacheMethod:
             return dataclasses.replace(self, budget=budget, every=None, recent=recent)
         return dataclasses.replace(self, budget=budget)
 
+    def check(self, dims: CacheDims) -> None:
+        """Raises UsageError where a layer of these dimensions has no cache of this method."""
+        here = self.for_layer(dims)
+        for part in [part for _, part in here.by_head(dims)] or [here]:
+            part.layout(dims)
+
     def layout(self, dims: CacheDims) -> Layout:
         """Slots of one layer's cache.
 

@@ -51,7 +51,7 @@ class Contender:
                 method = dataclasses.replace(method, budget=common.budget(dims))
             method = resolve(method, dims)
             for layer in dims:
-                method.layout(layer)
+                method.check(layer)
         except UsageError as error:
             raise UsageError(f"method {self.name!r} at a context of {setting.context} tokens: {error}") from error
         return method

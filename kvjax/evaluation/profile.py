@@ -110,11 +110,12 @@ def check_bytes(cache: ModelCache) -> None:
 
 def no_op(cache: ModelCache, method: CacheMethod) -> str:
     """Says so where a method that evicts holds every token, or one that codes holds no token in its code."""
-    codes = (method.keys, method.values) != (Identity(), Identity())
+    codes = any(codec != Identity() for codec in (*method.codecs, *method.fate.codecs))
     evicted = method.budget.evicts and _held(cache) < float(np.mean(np.asarray(cache.lengths)))
     coded = codes and _held(cache, _is_coded) > 0
     if evicted or coded or not (method.budget.evicts or codes):
-        return "evicts nothing" if coded and method.budget.evicts and not evicted else ""
+        forgets = method.budget.evicts and not method.fate.codecs
+        return "evicts nothing" if coded and forgets and not evicted else ""
     return "no-op: nothing to compress"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ from pallas_kernels.decode_attention.specs import DecodeSpec, Format
 from pallas_kernels.loader import (
     BlockLoader,
     CodebookLoader,
+    ConcatLoader,
     DenseLoader,
     FixedLoader,
     Float8Loader,
@@ -107,9 +109,7 @@ class Contents:
         return DenseLoader(self.normal(BATCH, self.heads, self.slots, self.dim, seed=8).astype(jnp.bfloat16))
 
 
-A, B = (lambda slots, **other: Contents(slots, **other)), (lambda slots, **other: Contents(slots, seed=1, **other))
-
-CASES: dict[str, tuple[TpuCore, Loader, Loader]] = {}
+A, B = Contents, functools.partial(Contents, seed=1)
 
 
 def case(name: str, core: TpuCore, keys: Callable[[], Loader], values: Callable[[], Loader]) -> Any:
@@ -168,7 +168,7 @@ def test_equals_the_reference(core: TpuCore, keys: Callable[[], Loader], values:
 
 def test_latents_with_a_shared_rotary_part_are_read_once_for_all_heads() -> None:
     latent = Format(16, shared=True, rank=128)
-    spec = DecodeSpec("mla", 2, 4, 2, 256, 64, dataclasses.replace(latent, rotary=32), latent, lengths=(256, 100))
+    spec = DecodeSpec("mla", 2, 4, 2, 256, 64, dataclasses.replace(latent, rotary=128), latent, lengths=(256, 100))
     (q, keys, values), options = spec.arguments()
     with interpreted():
         got = pallas_tpu.forward(q, keys, values, **options, core=INTEGERS)
@@ -212,6 +212,8 @@ def test_what_cannot_be_read_has_a_reason() -> None:
         (BlockLoader(dense.slots, lambda x: x, DIM, 1), "no reader of BlockLoader"),
         (A(256).rotated(A(256).rotated(dense)), "RotatedLoader inside another format"),
         (A(256).rotated(subset), "no reader of SubsetLoader"),
+        (ConcatLoader((dense, Contents(256, dim=64).dense())), "64 channels in an array of their own"),
+        (ConcatLoader((dense, A(256).float8("e4m3"))), "channels in several formats"),
         (CodebookLoader(Rows.of(unfolded), jnp.zeros((1, 16)), 4), "fold them"),
     ):
         q = jnp.zeros((BATCH, HEADS, 1, keys.head_dim))
