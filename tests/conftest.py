@@ -5,6 +5,7 @@ The variables are set before jax is imported, and processes that a test starts i
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -30,3 +31,22 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "kvjax"))
+
+_MOST_MAPS, _EVERY = 30_000, 25
+_finished = 0
+
+
+def pytest_runtest_teardown() -> None:
+    """Forgets compiled programs before there are too many: each maps memory, and Linux allows 65,530 maps a process."""
+    global _finished
+    _finished += 1
+    maps = Path("/proc/self/maps")
+    if _finished % _EVERY or not maps.exists():
+        return
+    with maps.open("rb") as lines:
+        many = sum(1 for _ in lines) > _MOST_MAPS
+    if many:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()

@@ -299,8 +299,8 @@ SLOW = {
         if re.match(r"(turboquant|turboquant_prod|kvquant)-[32]|int[32]|kvtuner:table=k4v2", name)
     ),
     "cskv:window=16,bits=4",
-    "policy-mass-mean",
-    "policy-observation-max",
+    *(f"policy-{name}" for name in POLICIES if name not in ("recency", "mass-max-normalised", "observation", "random")),
+    *(n for n in NAMED if n.startswith(("fp8_channel", "duo_attention", "simlayerkv", "polarquant_pairs", "knorm"))),
     *(f"codec-{name}" for name in CODECS if name not in ("fixed", "non-uniform-token", "qjl-outliers", "sketched")),
 }
 
