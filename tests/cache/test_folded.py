@@ -13,7 +13,7 @@ from pallas_kernels import rows
 from tests.cache.driver import Setup, dims_of, draw, run
 
 
-@pytest.mark.parametrize("name", ["kivi-2:residual=32", "h2o:tokens=24+int4"])
+@pytest.mark.parametrize("name", ["kivi-2:residual=32", pytest.param("h2o:tokens=24+int4", marks=pytest.mark.slow)])
 def test_outputs_do_not_depend_on_the_fold(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     method = parse(name)
     inputs = draw(5, (64, 45, 17), padded=64, decoded=6, query_heads=8)

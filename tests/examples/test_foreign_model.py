@@ -241,7 +241,9 @@ def decode(cached: Forward, kv_heads: int, method: str) -> np.ndarray:
     return np.stack(found, axis=1)
 
 
-@pytest.mark.parametrize("model", [plain, linen, nnx], ids=lambda model: model.__name__)
+@pytest.mark.parametrize(
+    "model", [pytest.param(plain, marks=pytest.mark.slow), linen, nnx], ids=["plain", "linen", "nnx"]
+)
 def test_a_foreign_model_decodes_from_the_cache(model: Callable[[], tuple[Forward, Forward, int]]) -> None:
     forward, cached, kv_heads = model()
     own = np.asarray(jax.jit(forward)(TOKENS))
