@@ -290,19 +290,14 @@ METHODS: dict[str, CacheMethod] = {
     **_built(),
     **_parts(),
 }
-# Others differ from these in numbers only: the slow tests have them all.
-SLOW = {
-    *COMPOSED[5:],
-    *(
-        name
-        for name in NAMED
-        if re.match(r"(turboquant|turboquant_prod|kvquant)-[32]|int[32]|kvtuner:table=k4v2", name)
-    ),
-    "cskv:window=16,bits=4",
-    *(f"policy-{name}" for name in POLICIES if name not in ("recency", "mass-max-normalised", "observation", "random")),
-    *(n for n in NAMED if n.startswith(("fp8_channel", "duo_attention", "simlayerkv", "polarquant_pairs", "knorm"))),
-    *(f"codec-{name}" for name in CODECS if name not in ("fixed", "non-uniform-token", "qjl-outliers", "sketched")),
-}
+# Every part, and one named method of each kind, obeys the laws in the quick tests; the slow ones take them all.
+QUICK = re.compile(
+    r"(full|random|h2o|streaming_llm.*renumbered|snapkv|keydiff|tova|keyformer|rkv|adakv|mikv|quest|kvcrush|razor|kivi-4|int4|"
+    r"kvquant-4|turboquant-4|turboquant_prod-4|qjl|polarquant|int8_channel|think|cskv:window=16|kvzap|lagkv|"
+    r"expected_attention)(:[^+]*)?$|h2o:tokens=24.int4$|streaming-|every-|renumbered-|fate-|budget-|selector-top|"
+    r"policy-(recency|mass-max|observation$)|codec-(fixed|non-uniform-token|qjl-outliers)"
+)
+SLOW = {name for name in METHODS if not QUICK.match(name)} | {"cskv:window=16,bits=4"}
 
 
 def most(names: Iterable[str]) -> list[Any]:

@@ -12,7 +12,7 @@ from tests.oracles.quantised import CodedTrace
 from tests.oracles.row import Row, Trace
 
 TOLERANCE = 1e-5
-GROUPED = pytest.mark.parametrize("query_heads", [2, 8], ids=["G=1", "G=4"])
+GROUPED = pytest.mark.parametrize("query_heads", [pytest.param(2, marks=pytest.mark.slow), 8], ids=["G=1", "G=4"])
 
 
 def inputs_of(query_heads: int, seed: int = 0) -> Inputs:

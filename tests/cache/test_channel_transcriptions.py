@@ -16,13 +16,12 @@ from kvjax.cache.methods import parse
 from kvjax.calibration.layer_bits import PAIRS, choose, pareto, sensitivity
 from kvjax.errors import UsageError
 from tests.cache.driver import Inputs, Setup, dims_of, draw, run, step_of
-from tests.cache.faithful import TOLERANCE
+from tests.cache.faithful import GROUPED, TOLERANCE
 from tests.cache.parameters import learnt
 from tests.oracles import cskv, kvtuner, mikv, think
 from tests.oracles.row import Row
 
 LENGTHS = (44, 17, 1)
-GROUPED = pytest.mark.parametrize("query_heads", [2, 8], ids=["G=1", "G=4"])
 
 
 def inputs_of(query_heads: int, seed: int) -> Inputs:

@@ -16,7 +16,7 @@ from kvjax.cache.codec.rotation import rotation, sketch
 from kvjax.cache.method import CacheMethod
 from kvjax.cache.methods import parse
 from tests.cache.driver import Inputs, Run, Setup, dims_of, draw, run
-from tests.cache.faithful import TOLERANCE
+from tests.cache.faithful import GROUPED, TOLERANCE
 from tests.cache.parameters import learnt
 from tests.oracles import kvquant, lloyd_max, polarquant, qjl, static_scale, turboquant
 from tests.oracles.coded_attention import decode_over
@@ -26,7 +26,6 @@ from tests.oracles.rounding import as_is, bfloat16_nearest
 from tests.oracles.row import Row
 
 LENGTHS = (40, 17, 1)
-GROUPED = pytest.mark.parametrize("query_heads", [2, 8], ids=["G=1", "G=4"])
 
 
 def inputs_of(query_heads: int, seed: int) -> Inputs:

@@ -16,6 +16,7 @@ from kvjax.cache.method import CacheMethod
 from kvjax.cache.policy import AttentionMass, Random, Recency
 from kvjax.cache.policy.random import hash_uniform
 from tests.cache.driver import Inputs, Setup, dims_of, draw, run
+from tests.cache.faithful import GROUPED
 from tests.oracles.adakv import adakv_kept
 from tests.oracles.duoattention import duo
 from tests.oracles.kvcrush import anchor, kvcrush_kept, signatures
@@ -24,7 +25,6 @@ from tests.oracles.quest import quest
 from tests.oracles.razorattention import razor
 
 TOLERANCE = 1e-5
-GROUPED = pytest.mark.parametrize("query_heads", [2, 8], ids=["G=1", "G=4"])
 
 
 def inputs_of(query_heads: int, seed: int = 0) -> Inputs:

@@ -72,7 +72,11 @@ def _is_array(x: Any) -> bool:
     return any(hasattr(leaf, "shape") for leaf in jax.tree.leaves(x))
 
 
-@pytest.mark.parametrize("spec", PAIRS, ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "spec",
+    [*PAIRS[:7], *(pytest.param(spec, marks=pytest.mark.slow) for spec in PAIRS[7:])],
+    ids=lambda s: s.name,
+)
 def test_equals_the_reference(spec: DecodeSpec) -> None:
     args, kwargs = workload(spec)
     assert_close(interpreted(args, kwargs), reference.run(*args, **kwargs))

@@ -24,8 +24,7 @@ from tests.cache.driver import output_projection
 
 # One of each way to store and to evict; the slow tests take every named method.
 CORE = re.compile(
-    r"(full|random|h2o|streaming_llm.*renumbered|snapkv|tova|keyformer|kivi-2|int4|mikv|razor|quest|int8_channel|kvcrush|"
-    r"cskv:window=16|qjl|kvquant-2)(:|$)"
+    r"(full|h2o|streaming_llm.*renumbered|tova|kivi-2|mikv|quest|int8_channel|kvcrush|cskv:window=16)(:|$)"
 )
 SPECS = [
     spec if CORE.match(spec) else pytest.param(spec, marks=pytest.mark.slow) for spec in (*NAMED, "h2o:tokens=24+int8")
