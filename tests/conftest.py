@@ -32,7 +32,7 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "kvjax"))
 
-_MOST_MAPS, _EVERY = 30_000, 25
+_MOST_MAPS, _EVERY = 20_000, 25
 _finished = 0
 
 
