@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
-from kvjax.cache.budget.base import Number, Sized
+from kvjax.cache.budget.base import Uniform
 from kvjax.errors import UsageError
 
 
 @dataclasses.dataclass(frozen=True)
-class AdaptiveHeads(Sized):
+class AdaptiveHeads(Uniform):
     """Ada-KV (Feng et al., 2024, arXiv:2407.11550): the best tokens of all heads of a layer together.
 
     A layer keeps as many (head, token) pairs as a uniform budget would, those with the largest scores, whichever head
@@ -34,6 +34,3 @@ class AdaptiveHeads(Sized):
     @property
     def least_share(self) -> float:
         return self.floor
-
-    def _here(self, mean: Number) -> Number:
-        return mean

@@ -190,3 +190,41 @@ def _floor(count: Number, factor: float) -> Number:
     if isinstance(count, int):
         return int(count * factor + 1e-6)
     return (count * jnp.float32(factor) + 1e-3).astype(jnp.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Table(Budget):
+    """Several budgets, of which a subclass' table says who has which; whoever asks for tokens has one already."""
+
+    budgets: tuple[Budget, ...]
+
+    @property
+    def evicts(self) -> bool:
+        return any(budget.evicts for budget in self.budgets)
+
+    @property
+    def relative(self) -> bool:
+        return any(budget.relative for budget in self.budgets)
+
+    def tokens(self, length: int) -> int:
+        return max(budget.tokens(length) for budget in self.budgets)
+
+    def row_tokens(self, lengths: Array) -> Array:
+        raise UsageError(f"a {type(self).__name__} is no budget until it is asked for one of its own")
+
+    def with_tokens(self, tokens: int) -> Self:
+        return dataclasses.replace(self, budgets=tuple(budget.with_tokens(tokens) for budget in self.budgets))
+
+    @abc.abstractmethod
+    def for_layer(self, dims: CacheDims, always: int) -> Budget:
+        """See `Budget.for_layer`."""
+
+    def _row(self, table: tuple, dims: CacheDims) -> int:
+        """The entry of a table by layer that serves a layer; a single one serves all.
+
+        Raises:
+          UsageError: the table is for another number of layers.
+        """
+        if len(table) not in (1, dims.layers):
+            raise UsageError(f"{type(self).__name__} has a table for {len(table)} layers; the model has {dims.layers}")
+        return dims.layer % len(table)

@@ -6,10 +6,9 @@ import dataclasses
 
 import numpy as np
 
-from kvjax.cache.budget.base import Budget, Layered
+from kvjax.cache.budget.base import Budget, Layered, Table
 from kvjax.cache.layout import CacheDims
 from kvjax.errors import UsageError
-from kvjax.typing import Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Prefix(Layered):
 
 
 @dataclasses.dataclass(frozen=True)
-class LayerTable(Budget):
+class LayerTable(Table):
     """Another budget for some layers: SimLayerKV's lazy ones, the first layers that are left whole.
 
     Attributes:
@@ -43,7 +42,6 @@ class LayerTable(Budget):
       table: for each layer, which of them; one entry serves all layers.
     """
 
-    budgets: tuple[Budget, ...]
     table: tuple[int, ...] = (0,)
 
     def __post_init__(self) -> None:
@@ -51,28 +49,8 @@ class LayerTable(Budget):
             raise UsageError(f"LayerTable's table names one of {len(self.budgets)} budgets per layer; got {self.table}")
 
     @property
-    def evicts(self) -> bool:
-        return any(budget.evicts for budget in self.budgets)
-
-    @property
-    def relative(self) -> bool:
-        return any(budget.relative for budget in self.budgets)
-
-    @property
     def pooled(self) -> bool:
         return any(budget.pooled for budget in self.budgets)
 
-    def tokens(self, length: int) -> int:
-        return max(budget.tokens(length) for budget in self.budgets)
-
-    def row_tokens(self, lengths: Array) -> Array:
-        raise UsageError("a LayerTable is no budget until it is asked for a layer's")
-
     def for_layer(self, dims: CacheDims, always: int) -> Budget:
-        if len(self.table) not in (1, dims.layers):
-            raise UsageError(f"LayerTable has a table for {len(self.table)} layers; the model has {dims.layers}")
-        chosen = self.budgets[self.table[dims.layer % len(self.table)]]
-        return chosen.for_layer(dims, always)
-
-    def with_tokens(self, tokens: int) -> LayerTable:
-        return dataclasses.replace(self, budgets=tuple(b.with_tokens(tokens) for b in self.budgets))
+        return self.budgets[self.table[self._row(self.table, dims)]].for_layer(dims, always)

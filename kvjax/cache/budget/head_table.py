@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 
-from kvjax.cache.budget.base import Budget, Full, Uniform
+from kvjax.cache.budget.base import Budget, Full, Table, Uniform
 from kvjax.cache.layout import CacheDims
 from kvjax.errors import UsageError
-from kvjax.typing import Array
 
 
 @dataclasses.dataclass(frozen=True)
-class HeadTable(Budget):
+class HeadTable(Table):
     """Another budget for some kv heads: RazorAttention's retrieval heads, DuoAttention's full ones.
 
     Heads with the same budget share a cache of their own size (`kvjax.cache.head_split`): nothing is allocated for
@@ -32,29 +31,8 @@ class HeadTable(Budget):
         if any(budget.pooled for budget in self.budgets):
             raise UsageError("HeadTable: heads that adapt to each other cannot be told apart by a table as well")
 
-    @property
-    def evicts(self) -> bool:
-        return any(budget.evicts for budget in self.budgets)
-
-    @property
-    def relative(self) -> bool:
-        return any(budget.relative for budget in self.budgets)
-
-    def tokens(self, length: int) -> int:
-        return max(budget.tokens(length) for budget in self.budgets)
-
-    def row_tokens(self, lengths: Array) -> Array:
-        raise UsageError("a HeadTable is no budget until it is asked for a head's")
-
-    def with_tokens(self, tokens: int) -> HeadTable:
-        return dataclasses.replace(self, budgets=tuple(b.with_tokens(tokens) for b in self.budgets))
-
     def for_layer(self, dims: CacheDims, always: int) -> HeadTable:
-        if len(self.table) == 1:
-            return self
-        if len(self.table) != dims.layers:
-            raise UsageError(f"HeadTable has a table for {len(self.table)} layers; the model has {dims.layers}")
-        return dataclasses.replace(self, table=(self.table[dims.layer],))
+        return dataclasses.replace(self, table=(self.table[self._row(self.table, dims)],))
 
     def by_head(self, dims: CacheDims) -> tuple[tuple[tuple[int, ...], Budget], ...]:
         (row,) = self.for_layer(dims, 0).table
