@@ -80,8 +80,11 @@ class HeadSplit:
 
     def step(self, step: Step) -> tuple[Array, HeadSplit]:
         """See `LayerCache.step`."""
-        done = [part.step(mine) for part, (mine, _) in zip(self.parts, self._divided(step), strict=True)]
-        return self._joined(step, [output for output, _ in done]), self._with([part for _, part in done])
+        divided = self._divided(step)
+        done = [part.step(mine) for part, (mine, _) in zip(self.parts, divided, strict=True)]
+        order = jnp.argsort(jnp.concatenate([queries for _, queries in divided]))
+        output = jnp.concatenate([output for output, _ in done], axis=2)[:, :, order]
+        return output, self._with([part for _, part in done])
 
     def absorb_prompt(self, step: Step, log_sum_exp: Array, unread: int = 0, scores: Array | None = None) -> HeadSplit:
         """See `LayerCache.absorb_prompt`."""
@@ -127,11 +130,6 @@ class HeadSplit:
             )
             divided.append((part, queries))
         return divided
-
-    def _joined(self, step: Step, outputs: Sequence[Array]) -> Array:
-        """[B, T, N, H] from the outputs of the groups."""
-        order = jnp.concatenate([queries for _, queries in self._divided(step)])
-        return jnp.concatenate(outputs, axis=2)[:, :, jnp.argsort(order)]
 
 
 def _of_heads(data: LayerData, heads: Array, total: int) -> LayerData:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, ClassVar, final
 import jax
 import jax.numpy as jnp
 
+from kvjax.cache.calibrated import as_calibrated
 from kvjax.cache.layout import CacheDims
-from kvjax.errors import UsageError
 from kvjax.typing import Array, PyTree
 from pallas_kernels import rows
 from pallas_kernels.loader import Loader
@@ -83,14 +83,7 @@ class Codec(abc.ABC):
         shapes = self.parameter_shapes(dims)
         if not self.calibrated:
             return jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), shapes)
-        if data is None:
-            raise UsageError(f"{type(self).__name__} has to be calibrated to the model first: see `kvjax calibrate`")
-        expected, got = ([jnp.shape(x) for x in jax.tree.leaves(tree)] for tree in (shapes, data))
-        if expected != got or jax.tree.structure(shapes) != jax.tree.structure(data):
-            raise UsageError(
-                f"layer {dims.layer}: {self} was calibrated to arrays of shapes {got}; this model needs {expected}"
-            )
-        return jax.tree.map(lambda leaf, x: jnp.asarray(x, leaf.dtype), shapes, data)
+        return as_calibrated(self, shapes, data, dims)
 
     @final
     def decode(self, store: PyTree, params: PyTree = None) -> Array:
