@@ -7,7 +7,7 @@ from typing import Literal
 
 from kvjax.cache.budget import Pyramid
 from kvjax.cache.method import CacheMethod
-from kvjax.cache.methods.size import uniform
+from kvjax.cache.methods.size import size, uniform
 from kvjax.cache.policy import Chunks, Critical, ExpectedAttention, Observation, OverHeads
 
 Pool = Literal["mean", "max"]
@@ -50,10 +50,9 @@ def pyramidkv(
     up to a token per layer, here they sum up exactly. Widespread code falls back to equal layers where the last one
     would get fewer than `window` tokens; here it does not.
     """
-    size = uniform(tokens, share, bytes)
     return CacheMethod(
         name="pyramidkv",
-        budget=Pyramid(tokens_kept=size.tokens_kept, share=size.share, bytes_kept=size.bytes_kept, beta=beta),
+        budget=Pyramid(**size(tokens, share, bytes), beta=beta),
         policy=Observation(window=window, kernel=kernel, pool=pool),
         recent=window,
     )

@@ -9,7 +9,7 @@ from kvjax.cache.codec import Balanced, Integer
 from kvjax.cache.fate import Compensate, Demote, Represent
 from kvjax.cache.fate.represent import Anchor
 from kvjax.cache.method import CacheMethod
-from kvjax.cache.methods.size import DEFAULT_SHARE, uniform
+from kvjax.cache.methods.size import size, uniform
 from kvjax.cache.policy import AttentionMass, Observation, Recency
 from kvjax.cache.selector import TopPages
 
@@ -30,11 +30,9 @@ def adakv(
     budgets that are blended with the floor and rounded; here each head's floor is kept first and the rest is chosen
     jointly, as in kvpress.
     """
-    if tokens is None and share is None and bytes is None:
-        share = DEFAULT_SHARE
     return CacheMethod(
         name="adakv",
-        budget=AdaptiveHeads(tokens_kept=tokens, share=share, bytes_kept=bytes, floor=floor),
+        budget=AdaptiveHeads(**size(tokens, share, bytes), floor=floor),
         policy=Observation(window=window, kernel=kernel, pool="max"),
         recent=window,
     )
@@ -54,12 +52,10 @@ def mikv(
     The others have `bits` and a scale and zero point per half of a head's channels; keys are balanced first by
     sqrt(max |q| / max |k|) of the prompt, per row and channel (equation 2), which is folded into the queries.
     """
-    if tokens is None and share is None and bytes is None:
-        share = 0.2
     codec = Integer(bits=bits, group=0.5)
     return CacheMethod(
         name="mikv",
-        budget=uniform(tokens, share, bytes),
+        budget=Uniform(**size(tokens, share, bytes, default=0.2)),
         policy=AttentionMass(),
         fate=Demote(keys=Balanced(codec) if balance else codec, values=codec),
         recent=0.5,
@@ -104,11 +100,9 @@ def prefixkv(
     Importance is summed over all queries and averaged over all heads. Decoded tokens are kept; the release evicts
     one at a fixed distance from the end per step.
     """
-    if tokens is None and share is None and bytes is None:
-        share = DEFAULT_SHARE
     return CacheMethod(
         name="prefixkv",
-        budget=Prefix(tokens_kept=tokens, share=share, bytes_kept=bytes, shares=shares),
+        budget=Prefix(**size(tokens, share, bytes), shares=shares),
         policy=AttentionMass(reduce="mean"),
         sinks=sinks,
         recent=1,
