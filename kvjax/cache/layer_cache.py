@@ -26,6 +26,7 @@ Phase = Literal["empty", "prompt", "decode"]
 SEGMENTS = ("sinks", "pool", "body", "aside", "recent")
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerData:
     """What calibration has found for one layer: pytrees of arrays [1, K or 1, ...], None for parts without any."""

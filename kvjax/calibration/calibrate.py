@@ -19,7 +19,7 @@ from kvjax.calibration.observe import model_dims
 from kvjax.calibration.prefix_shares import PrefixShares
 from kvjax.calibration.retrieval_heads import RetrievalHeads
 from kvjax.calibration.samples import Samples
-from kvjax.engine.calibrated import Calibrated, weights_digest
+from kvjax.engine.calibrated import PARTS, Calibrated, weights_digest
 from kvjax.engine.request import Prompt, as_count, as_method, check_kind
 from kvjax.errors import UsageError
 from kvjax.models.language_model import LanguageModel
@@ -97,21 +97,15 @@ def calibrate(
 
 def _joined(first: LayerData, second: LayerData) -> LayerData:
     """What either has."""
-    return LayerData(
-        *(a if b is None else b for a, b in zip(_parts(first), _parts(second), strict=True)),
-    )
-
-
-def _parts(layer: LayerData) -> tuple[object, object, object]:
-    return layer.keys, layer.values, layer.policy
+    return LayerData(**{part: getattr(first if getattr(second, part) is None else second, part) for part in PARTS})
 
 
 def _check_complete(made: Calibrated, model: LanguageModel, length: int) -> None:
     """Raises UsageError where a part needs arrays that no finder has found."""
     for dims, layer in zip(model_dims(model, length), made.layers, strict=True):
-        needed = jax.eval_shape(lambda dims=dims: _parts(blank_data(made.method, dims)))
-        for part, shapes, arrays in zip(("keys", "values", "policy"), needed, _parts(layer), strict=True):
-            expected, got = (jax.tree.map(lambda x: tuple(x.shape), tree) for tree in (shapes, arrays))
+        needed = jax.eval_shape(lambda dims=dims: blank_data(made.method, dims))
+        for part in PARTS:
+            expected, got = (jax.tree.map(lambda x: tuple(x.shape), getattr(data, part)) for data in (needed, layer))
             if expected != got:
                 raise UsageError(
                     f"method {made.method.name!r}: the {part} of layer {dims.layer} need arrays of shapes {expected}; "

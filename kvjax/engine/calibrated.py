@@ -24,19 +24,17 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from kvjax.cache.describe import from_json, to_json
-from kvjax.cache.layer_cache import LayerData, blank_data
+from kvjax.cache.layer_cache import LayerData
 from kvjax.cache.layout import CacheDims
 from kvjax.cache.method import CacheMethod
 from kvjax.errors import CorruptDataError, UsageError, writing
 from kvjax.models.language_model import LanguageModel
-from kvjax.typing import PyTree
 
 FORMAT, VERSION = "kvjax.calibration", "1"
 SUFFIX = ".safetensors"
 PARTS = ("keys", "values", "policy")
-LayerArrays = tuple[PyTree, PyTree, PyTree]
-Data = tuple[LayerArrays, ...]
-"""The arrays of each layer's keys, values and policy: what a compiled program takes as an argument."""
+Data = tuple[LayerData, ...]
+"""Of each layer: what a compiled program takes as an argument."""
 
 _NAME = re.compile(rf"layers\.(\d{{1,5}})\.({'|'.join(PARTS)})\.([a-z_]{{1,40}})")
 _digests: weakref.WeakKeyDictionary[LanguageModel, str] = weakref.WeakKeyDictionary()
@@ -57,11 +55,6 @@ class Calibrated:
     layers: tuple[LayerData, ...]
     model_digest: str
     notes: tuple[str, ...] = ()
-
-    @property
-    def data(self) -> Data:
-        """As compiled programs take it."""
-        return tuple((layer.keys, layer.values, layer.policy) for layer in self.layers)
 
     def check(self, model: LanguageModel) -> None:
         """Raises UsageError where `model` has other weights."""
@@ -84,9 +77,9 @@ class Calibrated:
             raise UsageError(f"a calibration is a file whose name ends with {SUFFIX}; got {path.name!r}")
         arrays = {
             f"layers.{index}.{part}.{name}": np.ascontiguousarray(array)
-            for index, layer in enumerate(self.data)
-            for part, found in zip(PARTS, layer, strict=True)
-            for name, array in (found or {}).items()
+            for index, layer in enumerate(self.layers)
+            for part in PARTS
+            for name, array in (getattr(layer, part) or {}).items()
         }
         described = {"method": to_json(self.method), "layers": len(self.layers), "notes": self.notes}
         metadata = {
@@ -157,7 +150,7 @@ def unpack(
     """
     if isinstance(method, Calibrated):
         method.check(model)
-        return method.method, method.data
+        return method.method, method.layers
     if any(method.for_layer(layer).calibrated for layer in dims):
         raise UsageError(
             f"method {method.name!r} has to be calibrated to the model first: kvjax calibrate --method {method.name} "
@@ -167,19 +160,9 @@ def unpack(
     return method, None
 
 
-def layer_data(arrays: LayerArrays | None) -> LayerData:
-    """One layer's data in buffers of its own, for caches are donated to the steps that follow."""
-    return LayerData() if arrays is None else LayerData(*jax.tree.map(jnp.copy, arrays))
-
-
-def all_layer_data(data: Data | None) -> list[LayerData] | None:
-    """`layer_data` of all layers, as `ModelCache.init` takes it."""
-    return None if data is None else [layer_data(arrays) for arrays in data]
-
-
-def _blank(method: CacheMethod, dims: CacheDims) -> LayerArrays:
-    blank = blank_data(method, dims)
-    return blank.keys, blank.values, blank.policy
+def own_buffers(data: Data | None) -> Data | None:
+    """The data in buffers of their own, for caches are donated to the steps that follow."""
+    return jax.tree.map(jnp.copy, data)
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, NDArray[Any]]]:

@@ -15,7 +15,7 @@ from kvjax.cache.layout import CacheDims, ceil_to
 from kvjax.cache.method import CacheMethod
 from kvjax.cache.model_cache import ModelCache
 from kvjax.cache.plan import resolve
-from kvjax.engine.calibrated import Calibrated, Data, all_layer_data, unpack
+from kvjax.engine.calibrated import Calibrated, Data, own_buffers, unpack
 from kvjax.engine.request import as_count, as_stored_dtype
 from kvjax.errors import UsageError
 from kvjax.models.language_model import LanguageModel
@@ -148,7 +148,7 @@ def _empty_cache(
     data: Data | None,
     lengths: Array,
 ) -> ModelCache:
-    cache = ModelCache.init(method, dims, lengths, all_layer_data(data))
+    cache = ModelCache.init(method, dims, lengths, own_buffers(data))
     return cache if mesh is None else shard_cache(cache, mesh, rules)
 
 

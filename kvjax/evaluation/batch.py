@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from kvjax.cache.method import CacheMethod
 from kvjax.cache.model_cache import ModelCache
 from kvjax.cache.recorder import RecordedPrompt
-from kvjax.engine.calibrated import Calibrated, all_layer_data
+from kvjax.engine.calibrated import Calibrated, own_buffers
 from kvjax.engine.prefill import Context, pad
 from kvjax.engine.prefill import prefill as engine_prefill
 from kvjax.errors import UsageError
@@ -73,12 +73,12 @@ class Batch:
           UsageError: there are no prompts, and the policy needs one to score.
         """
         dims, calibrated = self.setting.dims(self.model), self._calibrated.get(method.name)
-        data = None if calibrated is None else calibrated.data
+        data = None if calibrated is None else calibrated.layers
         if self.streamed:
             method = streamed(method)
-            empty = ModelCache.init(method, dims, data=all_layer_data(data))
+            empty = ModelCache.init(method, dims, data=own_buffers(data))
             empty = empty if data is None else empty.fork()
-            layers = tuple(dataclasses.replace(layer, phase="prompt") for layer in empty.layers)
+            layers = tuple(layer.in_phase("prompt") for layer in empty.layers)
             logits = jnp.zeros((self.setting.batch, self.model.config.vocab_size), jnp.float32)
             return Context(dataclasses.replace(empty, layers=layers), logits)
         if method.prefill == "exact":

@@ -14,11 +14,12 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from kvjax.cache.head_split import AnyLayer, empty_layer
+from kvjax.cache.layer_cache import NO_DATA, LayerData
 from kvjax.cache.layout import CacheDims
 from kvjax.cache.method import CacheMethod
 from kvjax.cache.model_cache import ModelCache
 from kvjax.cache.recorder import PromptRecorder, RecordedPrompt, RecordedStep, StepRecorder
-from kvjax.engine.calibrated import Data, LayerArrays, layer_data
+from kvjax.engine.calibrated import Data
 from kvjax.models.transformer import Transformer
 from kvjax.typing import Array, PyTree
 
@@ -48,7 +49,7 @@ def compress(
     Its last `unread` tokens are shown to the method, but left for the cache to be fed with.
     """
     layers = []
-    for layer_dims, recorded, learnt in zip(dims, prompt, data or (None,) * len(dims), strict=True):
+    for layer_dims, recorded, learnt in zip(dims, prompt, data or (NO_DATA,) * len(dims), strict=True):
         heads = layer_dims.layer * layer_dims.kv_heads + jnp.arange(layer_dims.kv_heads, dtype=jnp.int32)
         here = method.for_layer(layer_dims)
         layer = _compress_layer(here, _anonymous(layer_dims), recorded, lengths, heads, learnt, unread)
@@ -64,10 +65,10 @@ def _compress_layer(
     recorded: RecordedPrompt,
     lengths: Array,
     head_index: Array,
-    learnt: LayerArrays | None,
+    learnt: LayerData,
     unread: int,
 ) -> AnyLayer:
-    cache = empty_layer(method, dims, lengths, layer_data(learnt)).numbered(head_index)
+    cache = empty_layer(method, dims, lengths, jax.tree.map(jnp.copy, learnt)).numbered(head_index)
     return cache.absorb_prompt(recorded.step, recorded.log_sum_exp, unread)
 
 

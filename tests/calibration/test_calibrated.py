@@ -56,8 +56,8 @@ def test_a_file_gives_it_back_bit_for_bit(model, spec, tmp_path):
     before.save(tmp_path / "a.safetensors")
     after = kvjax.load_calibration(tmp_path / "a.safetensors")
     assert (after.method, after.model_digest, after.notes) == (before.method, before.model_digest, before.notes)
-    assert jax.tree.structure(after.data) == jax.tree.structure(before.data)
-    for old, new in zip(jax.tree.leaves(before.data), jax.tree.leaves(after.data), strict=True):
+    assert jax.tree.structure(after.layers) == jax.tree.structure(before.layers)
+    for old, new in zip(jax.tree.leaves(before.layers), jax.tree.leaves(after.layers), strict=True):
         assert old.dtype == new.dtype and old.tobytes() == new.tobytes()
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"], "nothing is left beside it"
 

@@ -177,7 +177,7 @@ def test_tables_and_shares(model, text, spec):
     before, budget = parse(spec), found.method.budget
     assert dataclasses.replace(found.method, budget=before.budget) == before
     assert budget != before.budget and found.notes
-    assert not jax.tree.leaves(found.data)
+    assert not jax.tree.leaves(found.layers)
     if "razor" in spec:
         chosen = np.array(budget.table) == 0
         assert chosen.shape == (2, 2) and 2 <= chosen.sum() <= 3
@@ -199,7 +199,7 @@ def test_gates_fall_where_they_cost_nothing(model, samples):
 
 def test_batches_do_not_change_what_is_found(model, text):
     one, two = (calibrate(model, "kvquant-2", text, batch=n) for n in (1, 2))
-    for a, b in zip(jax.tree.leaves(one.data), jax.tree.leaves(two.data), strict=True):
+    for a, b in zip(jax.tree.leaves(one.layers), jax.tree.leaves(two.layers), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-3)
 
 
