@@ -12,10 +12,9 @@ from typing import Literal
 
 from kvjax.cache import methods
 from kvjax.cache.budget import HeadTable, LayerTable, Sized
-from kvjax.cache.codec import Identity
 from kvjax.cache.layout import CacheDims
 from kvjax.cache.method import CacheMethod
-from kvjax.cache.plan import layer_bytes, resolve
+from kvjax.cache.plan import full_bytes, layer_bytes, resolve
 from kvjax.calibration.calibrate import FINDERS
 from kvjax.engine.calibrated import SUFFIX, Calibrated, load_calibration
 from kvjax.engine.prefill import cache_dims
@@ -121,16 +120,14 @@ def cells(entrant: Entrant, dims: Sequence[CacheDims], sizes: Sequence[float]) -
 
 def kind(method: CacheMethod) -> Kind:
     """What a method does to tokens."""
-    coded = any(codec != Identity() for codec in (*method.codecs, *method.fate.codecs))
     if method.budget.evicts:
-        return "both" if coded else "evicts"
-    return "fewer bits" if coded else "whole"
+        return "both" if method.codes else "evicts"
+    return "fewer bits" if method.codes else "whole"
 
 
 def share_of(method: CacheMethod, dims: Sequence[CacheDims]) -> float:
     """Allocated bytes of one row over those of a full bf16 cache's keys and values."""
-    full = sum(4 * layer.kv_heads * layer.head_dim * layer.max_length for layer in dims)
-    return sum(layer_bytes(method, layer) for layer in dims) / full
+    return sum(layer_bytes(method, layer) for layer in dims) / full_bytes(dims)
 
 
 def size_name(size: float | None) -> str:
@@ -149,9 +146,8 @@ def _sized(
     """The cell of a method that `resize` brings to a number of bytes."""
     method = _method(entrant)
     empty = Cell(name, kind(method), size)
-    full = sum(4 * layer.kv_heads * layer.head_dim * layer.max_length for layer in dims)
     try:
-        resized, value = resize(method, dims, int(size * full))
+        resized, value = resize(method, dims, int(size * full_bytes(dims)))
         return _filled(empty, _spelled(name, option, value), entrant, resized, dims)
     except UsageError as error:
         return dataclasses.replace(empty, reason=str(error))

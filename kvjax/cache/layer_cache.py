@@ -141,6 +141,11 @@ class LayerCache:
         )
 
     @property
+    def parts(self) -> tuple[LayerCache, ...]:
+        """The caches that the kv heads are spread over: this one has them all (`HeadSplit.parts`)."""
+        return (self,)
+
+    @property
     def layout(self) -> Layout:
         """Static slots of the three segments."""
         return self.method.layout(self.dims)

@@ -78,7 +78,7 @@ class CacheMethod:
         return None
 
     def _wrong_codecs(self) -> str | None:
-        codecs = (*self.codecs, *self.fate.codecs)
+        codecs = self.every_codec
         fits = any(codec.fits_prompt for codec in codecs)
         if self.prefill == "streaming" and fits:
             return "a codec takes its parameters from the whole prompt, which a streaming prefill never has at once"
@@ -143,7 +143,7 @@ class CacheMethod:
     @property
     def block(self) -> int:
         """Tokens that are encoded, evicted and read as a unit."""
-        return math.lcm(*(codec.block for codec in (*self.codecs, *self.fate.codecs)))
+        return math.lcm(*(codec.block for codec in self.every_codec))
 
     @property
     def keeps_statistics(self) -> bool:
@@ -163,15 +163,25 @@ class CacheMethod:
         return self.keys, self.values
 
     @property
+    def every_codec(self) -> tuple[Codec, ...]:
+        """Of the body and of what the fate keeps aside."""
+        return *self.codecs, *self.fate.codecs
+
+    @property
+    def codes(self) -> bool:
+        """Whether tokens are stored other than as they are."""
+        return any(codec != EXACT for codec in self.every_codec)
+
+    @property
     def calibrated(self) -> bool:
         """Whether a part has to be calibrated to the model before the method can be used."""
         policies = (self.policy,) if self.budget.evicts else ()
-        return any(part.calibrated for part in (*self.codecs, *self.fate.codecs, *policies))
+        return any(part.calibrated for part in (*self.every_codec, *policies))
 
     @property
     def joint(self) -> bool:
         """Whether heads share a store, so that they cannot be spread over devices."""
-        return any(codec.joint for codec in (*self.codecs, *self.fate.codecs))
+        return any(codec.joint for codec in self.every_codec)
 
     def for_layer(self, dims: CacheDims) -> CacheMethod:
         """This method as one layer uses it: the layer's budget and codecs, no more than a sliding window reaches."""

@@ -14,7 +14,7 @@ from kvjax.cache.head_split import AnyLayer, empty_layer
 from kvjax.cache.layer_cache import NO_DATA, LayerData
 from kvjax.cache.layout import CacheDims
 from kvjax.cache.method import CacheMethod
-from kvjax.cache.plan import layer_bytes, resolve
+from kvjax.cache.plan import full_bytes, layer_bytes, resolve
 from kvjax.cache.pool import Part
 from kvjax.errors import CacheFullError
 from kvjax.typing import Array
@@ -93,8 +93,8 @@ class ModelCache:
 
     @property
     def full_bytes(self) -> int:
-        """Bytes of the keys and values of max_length tokens in bfloat16: what ratios refer to."""
-        return sum(2 * 2 * d.batch * d.kv_heads * d.head_dim * d.max_length for d in (c.dims for c in self.layers))
+        """`kvjax.cache.plan.full_bytes` of its layers."""
+        return full_bytes(layer.dims for layer in self.layers)
 
     def room(self) -> NDArray[np.int64]:
         """Tokens that each row can still append, int64 [B]."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +54,11 @@ def _state_bytes(method: CacheMethod, dims: CacheDims) -> int:
     )
     leaves = jax.tree.leaves((shapes, method.policy.parameter_shapes(dims) if method.policy.calibrated else None))
     return total + sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+
+def full_bytes(layers: Iterable[CacheDims]) -> int:
+    """Bytes of the keys and values of max_length tokens in bfloat16: what ratios refer to."""
+    return sum(2 * 2 * d.batch * d.kv_heads * d.head_dim * d.max_length for d in layers)
 
 
 def resolve(method: CacheMethod, layers: Sequence[CacheDims]) -> CacheMethod:

@@ -110,7 +110,7 @@ def check_bytes(cache: ModelCache) -> None:
 
 def no_op(cache: ModelCache, method: CacheMethod) -> str:
     """Says so where a method that evicts holds every token, or one that codes holds no token in its code."""
-    codes = any(codec != Identity() for codec in (*method.codecs, *method.fate.codecs))
+    codes = method.codes
     evicted = method.budget.evicts and _held(cache) < float(np.mean(np.asarray(cache.lengths)))
     coded = codes and _held(cache, _is_coded) > 0
     if evicted or coded or not (method.budget.evicts or codes):
@@ -143,15 +143,18 @@ def _time_decode(batch: Batch, method: CacheMethod) -> Timing:
 
 
 def _bits_per_element(cache: ModelCache) -> float:
-    stored = [(s, layer.dims) for layer in cache.layers for s in layer.segments]
+    stored = [(s, part.dims) for layer in cache for part in layer.parts for s in part.segments]
     size = sum(leaf.nbytes for s, _ in stored for leaf in jax.tree.leaves(s.stores))
     return 8 * size / sum(2 * d.batch * d.kv_heads * d.head_dim * s.per_head(d.kv_heads)[1] for s, d in stored)
 
 
 def _held(cache: ModelCache, of: Callable[[Part], bool] = lambda _: True) -> float:
     """Tokens in the segments that `of` selects: per row, mean over layers and heads."""
-    held = [(s, layer.dims.kv_heads) for layer in cache for s in layer.segments if of(s)]
-    counts = [np.mean(np.asarray(s.per_head(heads)[0])) for s, heads in held]
+    held = [(s, part, layer) for layer in cache for part in layer.parts for s in part.segments if of(s)]
+    counts = [
+        np.mean(np.asarray(s.per_head(part.dims.kv_heads)[0])) * part.dims.kv_heads / layer.dims.kv_heads
+        for s, part, layer in held
+    ]
     return float(sum(counts)) / len(cache)
 
 

@@ -178,6 +178,22 @@ def test_what_compresses_nothing_is_labelled(model, source, setting, spec, note)
     assert profile.no_op(batch.start(method).cache, method) == note
 
 
+@pytest.mark.parametrize("streamed", [False, True], ids=["prompt", "streamed"])
+def test_heads_with_caches_of_their_own_are_counted_by_head(model, setting, source, streamed):
+    """One of two heads keeps a window: that is not keeping everything, and a text streams through both."""
+    method = methods.duo_attention(recent=16, sinks=4, table=((0, 1),))
+    task = "perplexity-stream" if streamed else "kv"
+    batch = Batch(model, setting, WORKLOADS[task].items(source, setting, 2, seed=0))
+    cache = batch.start(method).cache
+    if streamed:
+        assert {layer.phase for layer in cache} == {"prompt"}
+        return
+    assert profile.no_op(cache, method) == ""
+    held = [np.mean((np.asarray(s.positions) >= 0).sum(-1)) for part in cache[0].parts for s in part.segments]
+    mean = profile.measure(batch, method, profile.time_pass(batch)).tokens_held
+    assert mean == pytest.approx(sum(held) / 2)
+
+
 @pytest.mark.usefixtures("lone")
 def test_bytes_that_differ_from_the_plan_stop_the_run(model, monkeypatch):
     declared = ModelCache.planned_bytes.fget

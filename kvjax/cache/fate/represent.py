@@ -11,7 +11,7 @@ from kvjax.cache.exchange import sum_over_heads
 from kvjax.cache.fate.base import Fate
 from kvjax.cache.policy.base import check_word
 from kvjax.cache.policy.random import hash_uniform
-from kvjax.cache.policy.seen import Prompt
+from kvjax.cache.policy.seen import Prompt, ranks
 from kvjax.errors import UsageError
 from kvjax.typing import Array
 
@@ -51,7 +51,7 @@ class Represent(Fate):
         return f"{self.share:.0%} of the places to representatives"
 
     def rescore(self, scores: Array, eligible: Array, take: Array, prompt: Prompt) -> Array:
-        rank = _rank(jnp.where(eligible, -scores, jnp.inf))
+        rank = ranks(jnp.where(eligible, -scores, jnp.inf))
         signature = (rank < take) & eligible
         apart = jnp.where(signature != self._anchor(signature, eligible, prompt), 1, 0)
         distance = sum_over_heads(apart)
@@ -60,8 +60,8 @@ class Represent(Fate):
         important = rank < take - represented
         candidate = eligible & ~important
         count = candidate.sum(-1, keepdims=True)
-        # Distances first, positions where they are equal: `_rank` is stable.
-        order = _rank(jnp.where(candidate, distance.astype(jnp.float32), jnp.inf))
+        # Distances first, positions where they are equal: `ranks` is stable.
+        order = ranks(jnp.where(candidate, distance.astype(jnp.float32), jnp.inf))
         # The candidates at floor(i · count / represented) in that order.
         chosen = _step(order, represented, count) > _step(order - 1, represented, count)
         return jnp.where(important, 2.0, jnp.where(candidate & chosen, 1.0, 0.0))
@@ -75,11 +75,6 @@ class Represent(Fate):
         if self.anchor == "random":
             return hash_uniform(self.seed, prompt.head_index, jnp.zeros((1, 1, 1), jnp.int32)) < 0.5
         return jnp.full((1, 1, 1), self.anchor == "ones")
-
-
-def _rank(x: Array) -> Array:
-    """int32 [..., T]: the place of each element when they are sorted, equal ones in their order."""
-    return jnp.argsort(jnp.argsort(x, axis=-1, stable=True), axis=-1).astype(jnp.int32)
 
 
 def _step(order: Array, places: Array, count: Array) -> Array:

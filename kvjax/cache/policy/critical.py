@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from kvjax.cache.policy.seen import Prompt, Slots, Tokens
+from kvjax.cache.policy.seen import Prompt, Slots, Tokens, ranks
 from kvjax.cache.policy.wrapper import Wrapper
 from kvjax.cache.prompt import group_filled, group_queries
 from kvjax.errors import UsageError
@@ -45,8 +45,7 @@ class Critical(Wrapper):
 
     def prompt_scores(self, prompt: Prompt) -> Array:
         scores = self.inner.prompt_scores(prompt)
-        order = jnp.argsort(jnp.where(prompt.competing, -scores, jnp.inf), axis=-1)
-        rank = jnp.argsort(order, axis=-1)
+        rank = ranks(jnp.where(prompt.competing, -scores, jnp.inf))
         first = (prompt.places * jnp.float32(self.share) + 1e-4).astype(jnp.int32)
         weighted = (scores + self.epsilon) * projected_norms(prompt)
         return jnp.where(rank < first[:, None, None], jnp.finfo(jnp.float32).max, weighted)

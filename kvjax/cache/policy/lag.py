@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.cache.policy.base import Policy
-from kvjax.cache.policy.seen import Prompt, Slots
+from kvjax.cache.policy.seen import Prompt, Slots, ranks
 from kvjax.errors import UsageError
 from kvjax.typing import Array
 
@@ -47,7 +47,7 @@ class Lag(Policy):
         if stretches < 2:
             return jnp.broadcast_to(uncompared, prompt.keys.shape[:3])
         mean = (self._deviation(prompt.keys, stretches) + self._deviation(prompt.values, stretches)) / 2
-        rank = jnp.argsort(jnp.argsort(mean, axis=-1), axis=-1).astype(jnp.float32) / self.lag
+        rank = ranks(mean).astype(jnp.float32) / self.lag
         rank = rank.reshape(*rank.shape[:2], -1)
         after = positions.shape[-1] - self.sinks - rank.shape[-1]
         return jnp.where(compared, jnp.pad(rank, ((0, 0), (0, 0), (self.sinks, after))), uncompared)

@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from kvjax.cache.policy.base import GroupReduce, Perturbed
 
 
+def ranks(x: Array) -> Array:
+    """int32 [..., T]: the place of each element when the last axis is sorted, equal ones in their order."""
+    return jnp.argsort(jnp.argsort(x, axis=-1, stable=True), axis=-1).astype(jnp.int32)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Tokens:
