@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.loader.base import Loader, PyTree, dot, mix, static
-from pallas_kernels.packing import LOW_BITS, join_planes
-from pallas_kernels.rows import Rows, tile
+from pallas_kernels.loader.base import PyTree, static
+from pallas_kernels.loader.planes import PlanesLoader, dot_planes, mix_planes
+from pallas_kernels.packing import join_planes
+from pallas_kernels.rows import Rows
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class CodebookLoader(Loader):
+class CodebookLoader(PlanesLoader):
     """Packed codes of 4, 3, 2 or 1 bits that name entries of a codebook: x = table[code] * scale + offset.
 
     The entries need not be evenly spaced. One codebook serves all slots: fitted to the layer (KVQuant, Hooper et al.,
@@ -44,24 +44,12 @@ class CodebookLoader(Loader):
         return 1
 
     @property
-    def granularity(self) -> int:
-        return math.lcm(*(tile(rows.fold) for rows in (self.codes, self.high) if rows is not None))
-
-    @property
-    def head_dim(self) -> int:
-        return self.codes.width * 8 // LOW_BITS[self.bits]
-
-    @property
     def slots(self) -> PyTree:
         return self.codes, self.high, self.scale, self.offset
 
     @property
     def per_head(self) -> PyTree:
         return self.table
-
-    @property
-    def count(self) -> int:
-        return self.codes.slots
 
     def with_slots(self, slots: PyTree) -> CodebookLoader:
         codes, high, scale, offset = slots
@@ -74,9 +62,7 @@ class CodebookLoader(Loader):
         return x if self.offset is None else x + self.offset.astype(jnp.float32)[..., None]
 
     def dot(self, queries: jax.Array) -> jax.Array:
-        planes = self._planes()
-        first, *rest = (dot(q, p) for q, p in zip(jnp.split(queries, len(planes), axis=-1), planes, strict=True))
-        products = sum(rest, start=first)
+        products = dot_planes(queries, self._planes())
         if self.scale is not None:
             products = products * self.scale.astype(jnp.float32)[..., None, :]
         if self.offset is not None:
@@ -86,7 +72,7 @@ class CodebookLoader(Loader):
     def mix(self, weights: jax.Array, valid: jax.Array | None) -> jax.Array:
         # An entry is always finite, so only scales and offsets of invalid slots have to be silenced.
         scaled = weights if self.scale is None else weights * _seen(self.scale, valid)
-        sums = jnp.concatenate([mix(scaled, plane) for plane in self._planes()], axis=-1)
+        sums = mix_planes(scaled, self._planes())
         return sums if self.offset is None else sums + jnp.sum(weights * _seen(self.offset, valid), -1, keepdims=True)
 
     def _planes(self) -> list[jax.Array]:

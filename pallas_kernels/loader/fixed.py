@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.loader.base import Loader, PyTree, dot, mix, static
-from pallas_kernels.packing import LOW_BITS, join_planes
-from pallas_kernels.rows import Rows, tile
+from pallas_kernels.loader.base import PyTree, static
+from pallas_kernels.loader.planes import PlanesLoader, dot_planes, mix_planes
+from pallas_kernels.packing import join_planes
+from pallas_kernels.rows import Rows
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class FixedLoader(Loader):
+class FixedLoader(PlanesLoader):
     """x = code - 2**(bits - 1): integers around 0. `ScaledLoader(FixedLoader(…), scale)` scales each channel.
 
     Attributes:
@@ -33,20 +33,8 @@ class FixedLoader(Loader):
         return 1
 
     @property
-    def granularity(self) -> int:
-        return math.lcm(*(tile(rows.fold) for rows in (self.codes, self.high) if rows is not None))
-
-    @property
-    def head_dim(self) -> int:
-        return self.codes.width * 8 // LOW_BITS[self.bits]
-
-    @property
     def slots(self) -> PyTree:
         return self.codes, self.high
-
-    @property
-    def count(self) -> int:
-        return self.codes.slots
 
     def with_slots(self, slots: PyTree) -> FixedLoader:
         codes, high = slots
@@ -56,12 +44,10 @@ class FixedLoader(Loader):
         return jnp.concatenate(self._planes(), axis=-1)
 
     def dot(self, queries: jax.Array) -> jax.Array:
-        planes = self._planes()
-        first, *rest = (dot(q, p) for q, p in zip(jnp.split(queries, len(planes), axis=-1), planes, strict=True))
-        return sum(rest, start=first)
+        return dot_planes(queries, self._planes())
 
     def mix(self, weights: jax.Array, valid: jax.Array | None) -> jax.Array:
-        return jnp.concatenate([mix(weights, plane) for plane in self._planes()], axis=-1)  # codes are always finite
+        return mix_planes(weights, self._planes())  # codes are always finite
 
     def _planes(self) -> list[jax.Array]:
         """Integers of the channels of each plane, f32 [..., S, P]."""

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.loader.base import Loader, PyTree, dot, mix, static
-from pallas_kernels.packing import LOW_BITS, join_planes, unpack_doubled
-from pallas_kernels.rows import Rows, tile
+from pallas_kernels.loader.base import PyTree, static
+from pallas_kernels.loader.planes import PlanesLoader, dot_planes, mix_planes
+from pallas_kernels.packing import join_planes, unpack_doubled
+from pallas_kernels.rows import Rows
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class IntegerLoader(Loader):
+class IntegerLoader(PlanesLoader):
     """Packed codes of 8, 4, 3 or 2 bits with affine scales: x = code * scale + zero.
 
     Attributes:
@@ -40,22 +40,8 @@ class IntegerLoader(Loader):
         return self.size
 
     @property
-    def head_dim(self) -> int:
-        return self.codes.width * 8 // LOW_BITS[self.bits]
-
-    @property
-    def granularity(self) -> int:
-        return (
-            math.lcm(self.size, *(tile(rows.fold) for rows in (self.codes, self.high) if rows is not None)) // self.size
-        )
-
-    @property
     def slots(self) -> PyTree:
         return self.codes, self.scale, self.zero, self.high
-
-    @property
-    def count(self) -> int:
-        return self.codes.slots
 
     def with_slots(self, slots: PyTree) -> IntegerLoader:
         codes, scale, zero, high = slots
@@ -65,18 +51,14 @@ class IntegerLoader(Loader):
         return jnp.concatenate(self._planes(), axis=-1)
 
     def dot(self, queries: jax.Array) -> jax.Array:
-        planes = self._planes()
-        parts = jnp.split(queries, len(planes), axis=-1)
-        return sum(
-            (dot(q, plane) for q, plane in zip(parts[1:], planes[1:], strict=True)), start=dot(parts[0], planes[0])
-        )
+        return dot_planes(queries, self._planes())
 
     def mix(self, weights: jax.Array, valid: jax.Array | None) -> jax.Array:
         # A code is always finite, so only scales and zeros of invalid slots have to be silenced.
         seen = None if valid is None else valid.reshape(*valid.shape[:-1], -1, self.block)
         if seen is not None and self.size > 1:
             seen = jnp.any(seen, axis=-1, keepdims=True)
-        return jnp.concatenate([mix(weights, plane) for plane in self._planes(seen)], axis=-1)
+        return mix_planes(weights, self._planes(seen))
 
     def _planes(self, seen: jax.Array | None = None) -> list[jax.Array]:
         """Decoded channels of each plane, f32 [..., S, P]; scales are 0 where `seen` [..., M, block or 1] is False."""
