@@ -9,8 +9,6 @@ import re
 from types import SimpleNamespace
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import pytest
 
 import kvjax
@@ -18,36 +16,20 @@ from experiments import leaderboard
 from experiments.board import board as boards
 from experiments.board import cells, markdown, measure, page
 from experiments.board.cells import Cell
-from kvjax.assets import REFERENCE
 from kvjax.cache import methods
 from kvjax.cache.layer_cache import LayerData
 from kvjax.engine.calibrated import Calibrated, weights_digest
 from kvjax.errors import UsageError
 from kvjax.evaluation.defaults import REFERENCE as FULL
 from kvjax.evaluation.summary import summarise
-from kvjax.models.config import RopeConfig, TransformerConfig
 from kvjax.models.language_model import LanguageModel
-from kvjax.models.tokenizer import load_tokenizer
-from kvjax.models.transformer import Transformer
 from tests.evaluation.records import record
+from tests.evaluation.tiny import tiny
 
 
 @pytest.fixture(scope="module")
 def model() -> LanguageModel:
-    config = TransformerConfig(
-        vocab_size=1024,
-        embed_dim=32,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=32,
-        mlp_dim=64,
-        max_positions=256,
-        rope=RopeConfig(),
-        tied_embeddings=True,
-    )
-    params = Transformer(config).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
-    return LanguageModel(config, params, load_tokenizer(REFERENCE), "tiny")
+    return tiny()
 
 
 def test_methods_that_must_be_calibrated_are_named_until_there_is_a_file(model, tmp_path):

@@ -2,38 +2,18 @@
 
 from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
 import pytest
 
-from kvjax.assets import REFERENCE
 from kvjax.evaluation import contender, profile
 from kvjax.evaluation.setting import Setting
 from kvjax.evaluation.workload import Source
-from kvjax.models.config import RopeConfig, TransformerConfig
 from kvjax.models.language_model import LanguageModel
-from kvjax.models.tokenizer import load_tokenizer
-from kvjax.models.transformer import Transformer
+from tests.evaluation.tiny import tiny
 
 
 @pytest.fixture(scope="session")
 def model() -> LanguageModel:
-    config = TransformerConfig(
-        vocab_size=1024,
-        embed_dim=32,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=32,
-        mlp_dim=64,
-        max_positions=256,
-        rope=RopeConfig(),
-        tied_embeddings=True,
-    )
-    params = Transformer(config).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
-    # Larger than at initialisation, so that attention is peaked and methods differ.
-    params = jax.tree.map(lambda leaf: 3 * leaf if leaf.ndim > 1 else leaf, params)
-    return LanguageModel(config, params, load_tokenizer(REFERENCE), "tiny")
+    return tiny(sharpness=3.0)  # so that attention is peaked and methods differ
 
 
 @pytest.fixture(scope="session")
