@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvjax.cache.budget import Budget, HeadTable
-from kvjax.cache.codec import ByLayer, Codec
+from kvjax.cache.codec import Codec
 from kvjax.cache.layout import CacheDims
 from kvjax.cache.method import CacheMethod
 from kvjax.errors import UsageError
@@ -23,8 +23,7 @@ def codecs_of(method: CacheMethod, kind: type[Kind], dims: tuple[CacheDims, ...]
     """Per layer its codecs of keys and values that are a `kind`, None for others."""
 
     def mine(codec: Codec) -> Kind | None:
-        here = codec.here if isinstance(codec, ByLayer) else codec
-        return here if isinstance(here, kind) else None
+        return codec if isinstance(codec, kind) else None
 
     layers = [method.for_layer(layer) for layer in dims]
     return tuple((mine(layer.keys), mine(layer.values)) for layer in layers)

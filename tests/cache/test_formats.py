@@ -177,7 +177,7 @@ def test_nothing_is_lost_where_nothing_is_left_out() -> None:
 
 def test_a_layer_beyond_the_last_is_like_it() -> None:
     codec = ByLayer((Integer(8), Integer(4)))
-    here = [codec.for_layer(CacheDims(1, 1, 1, 32, 8, 8, layer=layer)).here for layer in range(3)]
+    here = [codec.for_layer(CacheDims(1, 1, 1, 32, 8, 8, layer=layer)) for layer in range(3)]
     assert here == [Integer(8), Integer(4), Integer(4)]
     assert ByLayer((Integer(4, "channel", 8), Integer(4, "channel", 12))).block == 24
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from kvjax.cache.codec.base import Codec
+from kvjax.cache.codec.numbers import whole_bytes
 from kvjax.cache.codec.scale import LIMIT, least_scale, round_down
 from kvjax.errors import UsageError, unknown
 from kvjax.typing import Array, PyTree
@@ -87,12 +87,7 @@ class Integer(Codec):
         return 1 if self.axis == "token" else int(self.group or 32)
 
     def validate(self, head_dim: int) -> None:
-        together = 8 // math.gcd(8, self.bits)
-        if head_dim % together:
-            raise UsageError(
-                f"codes of {self.bits} bits fill whole bytes only if head_dim is a multiple of {together}; "
-                f"head_dim is {head_dim}. Use more bits."
-            )
+        whole_bytes(head_dim, self.bits)
         if head_dim % self._channels(head_dim):
             groups = [g for g in range(2, head_dim + 1) if head_dim % g == 0]
             raise UsageError(

@@ -49,5 +49,5 @@ def whole_bytes(head_dim: int, bits: int) -> None:
     if head_dim % together:
         raise UsageError(
             f"codes of {bits} bits fill whole bytes only if head_dim is a multiple of {together}; "
-            f"head_dim is {head_dim}"
+            f"head_dim is {head_dim}. Use more bits."
         )
