@@ -13,6 +13,7 @@ from kvjax.cache.policy.seen import Prompt
 from kvjax.cache.segment import EMPTY, Segment
 from kvjax.cache.step import Step
 from kvjax.typing import Array, PyTree
+from pallas_kernels.logits import log_sum
 from pallas_kernels.pages import Pages
 
 PAGE = 32
@@ -114,7 +115,7 @@ class Pool:
         total = jnp.einsum("bmk,bmr->bkr", shares, weight)
         summed = jnp.einsum("bmk,bmr,bmrh->bkrh", shares, weight, out, precision="highest")
         merged = summed / jnp.where(total == 0, 1.0, total)[..., None]
-        return merged, jnp.where(total == 0, -jnp.inf, jnp.log(jnp.where(total == 0, 1.0, total)) + top)
+        return merged, log_sum(total, top)
 
 
 def pool_pages(dims: CacheDims, tokens: int) -> int:

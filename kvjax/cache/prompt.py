@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from kvjax.cache.step import Step
 from kvjax.typing import Array
+from pallas_kernels.logits import cap, visible
 from pallas_kernels.prefill_attention import prefill_attention
 
 
@@ -68,6 +69,20 @@ def rotate(step: Step, grouped: Array) -> Array:
         return grouped
     b, t = step.positions.shape
     return step.rope.rotate(grouped, step.positions.reshape(b, *(1,) * (grouped.ndim - 3), t))
+
+
+def logits_of(step: Step, queries: Array, keys: Array) -> Array:
+    """f32 [..., K, G, T, S], scaled and capped, not masked: rotated queries [..., K, G, T, H], keys [..., K, S, H]."""
+    products = jnp.einsum("...kgth,...ksh->...kgts", queries, keys, preferred_element_type=jnp.float32)
+    return cap(products * step.scale, step.softcap)
+
+
+def probabilities(
+    step: Step, queries: Array, keys: Array, log_sum_exp: Array, query_positions: Array, key_positions: Array
+) -> Array:
+    """f32 [..., K, G, T, S]: attention by its log-sum-exp [..., K, G, T]; positions int32 [..., T] and [..., S]."""
+    seen = visible(query_positions, key_positions, step.window)[..., None, None, :, :]
+    return jnp.where(seen, jnp.exp(logits_of(step, queries, keys) - log_sum_exp[..., None]), 0.0)
 
 
 def attend_prompt(step: Step) -> tuple[Array, Array]:

@@ -14,7 +14,7 @@ from kvjax.cache.budget import HeadTable
 from kvjax.cache.fate import Compensate
 from kvjax.cache.layout import CacheDims
 from kvjax.cache.method import CacheMethod
-from kvjax.cache.prompt import attend_prompt, group_queries, rotate, ungroup
+from kvjax.cache.prompt import attend_prompt, group_queries, logits_of, rotate, ungroup
 from kvjax.cache.step import Step
 from kvjax.calibration.finder import Found, Task
 from kvjax.calibration.parts import head_table, spelled_heads
@@ -160,8 +160,7 @@ def stream(step: Step, sinks: int, recent: int) -> Array:
     near, near_lse = attend_prompt(dataclasses.replace(step, window=window))
     queries = rotate(step, group_queries(step))
     keys = rotate(step, step.keys.swapaxes(1, 2))[:, :, :sinks]
-    logits = jnp.einsum("bkgth,bksh->bkgts", queries, keys, preferred_element_type=jnp.float32) * step.scale
-    logits = logits if step.softcap is None else step.softcap * jnp.tanh(logits / step.softcap)
+    logits = logits_of(step, queries, keys)
     distance = step.positions[:, :, None] - step.positions[:, None, :sinks]
     beyond = (distance >= window) & step.valid[:, None, :sinks]
     beyond = beyond if step.window is None else beyond & (distance < step.window)

@@ -11,6 +11,7 @@ from kvjax.cache.budget import LayerTable
 from kvjax.cache.layout import CacheDims
 from kvjax.cache.method import CacheMethod
 from kvjax.cache.policy import Prompt
+from kvjax.cache.prompt import probabilities
 from kvjax.calibration.finder import Found, Task
 from kvjax.calibration.observe import observe
 from kvjax.calibration.parts import whole_and_cut
@@ -83,11 +84,7 @@ class Ends:
         queries, positions, exists = prompt.last_queries(self.queries)
         index = jnp.maximum(positions, 0)[:, None, None]
         lse = jnp.take_along_axis(prompt.log_sum_exp, index, axis=3)
-        logits = jnp.einsum("bkgqh,bkth->bkgqt", queries, prompt.keys, preferred_element_type=jnp.float32) * step.scale
-        logits = logits if step.softcap is None else step.softcap * jnp.tanh(logits / step.softcap)
-        distance = positions[:, :, None] - prompt.positions[:, None]
-        seen = (distance >= 0) & exists[:, :, None]
-        seen = seen if step.window is None else seen & (distance < step.window)
+        p = probabilities(step, queries, prompt.keys, lse, positions, prompt.positions)
         ends = (prompt.positions < self.sinks) | (prompt.positions >= prompt.lengths[:, None] - self.recent)
-        p = jnp.where((seen & ends[:, None])[:, None, None], jnp.exp(logits - lse[..., None]), 0.0)
+        p = jnp.where((exists[:, :, None] & ends[:, None])[:, None, None], p, 0.0)
         return p.sum((1, 2, 3, 4)) / (step.queries.shape[2] * jnp.maximum(exists.sum(-1), 1))

@@ -14,6 +14,7 @@ from kvjax.cache.fate import Compensate
 from kvjax.cache.layout import CacheDims
 from kvjax.cache.method import CacheMethod
 from kvjax.cache.policy import Prompt
+from kvjax.cache.prompt import probabilities
 from kvjax.calibration.finder import Found, Task
 from kvjax.calibration.observe import observe
 from kvjax.calibration.parts import head_table, spelled_heads
@@ -110,11 +111,9 @@ class Echoes:
 
         def block(args: tuple[Array, Array, Array]) -> Array:
             q, log_total, start = args
-            row = start + jnp.arange(size, dtype=jnp.int32)[:, None]
-            logits = jnp.einsum("kgqh,kth->kgqt", q, keys, preferred_element_type=jnp.float32) * step.scale
-            logits = logits if step.softcap is None else step.softcap * jnp.tanh(logits / step.softcap)
-            seen = (column <= row) if step.window is None else (column <= row) & (row - column < step.window)
-            p = jnp.where(seen, jnp.exp(logits - log_total[..., None]), 0.0)
+            row = start + jnp.arange(size, dtype=jnp.int32)
+            p = probabilities(step, q, keys, log_total, row, column)
+            row = row[:, None]
             # Columns that hold a copy of the row's token, and columns behind such ones.
             copies = [(row > c) & ((row - c) % self.period == 0) & (c >= self.first) for c in (column, column - 1)]
             return jnp.stack([jnp.where(copy, p, 0.0).sum((2, 3)) for copy in copies])
