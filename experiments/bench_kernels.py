@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from experiments import wide_vectors
 from kvjax.errors import KvjaxError, UsageError
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ def main(config: Config) -> None:
         raise UsageError(f"--rounds must be at least 1, not {config.rounds}")
     # Other libraries need room on a GPU of which JAX would take three quarters at once.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    wide_vectors.enable()
     import jax
     from rich.console import Console
 

@@ -68,7 +68,8 @@ def contest(size: Size, formats: Sequence[str], rivals: Sequence[str]) -> Contes
     for format in formats:
         entrants += _own(size, format)
     coded = [format for format in formats if FORMATS[format][0].bits <= 8]
-    entrants += [_windowed(size, format) for format in coded[:1]]
+    for format in coded[:1]:
+        entrants += _read(size, format, positions=True)
     plain = {name: _plain(size, name) for name in ("f32", "bf16")}
     entrants += [entrant for name in rivals for entrant in rival.DECODE[name](plain, size.head_dim**-0.5)]
     entrants.append(reader(plain["bf16"].nbytes))
@@ -76,38 +77,34 @@ def contest(size: Size, formats: Sequence[str], rivals: Sequence[str]) -> Contes
 
 
 def _own(size: Size, format: str) -> list[Entrant]:
-    """What the dispatcher picks, on an accelerator also every other implementation, and the naive one for codes."""
+    """A format as `_read`; if it is a code, also decoded naively."""
+    found = _read(size, format)
     spec = size.spec(format)
+    return [*found, _entrant(f"naive {format}", spec, _data(spec), REFERENCE)] if spec.keys.bits <= 8 else found
+
+
+def _read(size: Size, format: str, *, positions: bool = False) -> list[Entrant]:
+    """What the dispatcher picks, also over several CPU devices; on an accelerator also every other implementation.
+
+    Positions are read and compared with a window that hides nothing.
+    """
+    spec = size.spec(format, window=positions)
     data = _data(spec)
-    found = [_entrant(f"kvjax {format}", spec, data, None)]
-    if jax.default_backend() != "cpu":
-        found += [_entrant(f"kvjax {format}, {name}", spec, data, name) for name in _named(api.OP)]
+    name = f"kvjax {format}" + ", positions" * positions
+    found = [_entrant(name, spec, data, None)]
+    if jax.default_backend() != "cpu" and not positions:
+        found += [_entrant(f"{name}, {other}", spec, data, other) for other in _named(api.OP)]
     number = sharded.devices(size.kv_heads)
     if number > 1:
         over = sharded.spread(data, number)
-        found.append(
-            dataclasses.replace(
-                found[0],
-                name=f"kvjax {format}, {number} devices",
-                data=over,
-                prepare=sharded.program(_attend(spec, None), number),
-            )
-        )
-    if spec.keys.bits > 8:
-        return found
-    naive = f"naive {format}"
-    found = [dataclasses.replace(entrant, naive=naive) for entrant in found]
-    return [*found, _entrant(naive, spec, data, REFERENCE)]
+        prepare = sharded.program(_attend(spec, None), number)
+        found.append(dataclasses.replace(found[0], name=f"{name}, {number} devices", data=over, prepare=prepare))
+    naive = f"naive {format}" if spec.keys.bits <= 8 else None
+    return [dataclasses.replace(entrant, naive=naive) for entrant in found]
 
 
 def _named(op: Op) -> list[str]:
     return [implementation.name for implementation in op.implementations if implementation.name != REFERENCE]
-
-
-def _windowed(size: Size, format: str) -> Entrant:
-    """With a window that hides nothing, so that positions are read and compared."""
-    spec = size.spec(format, window=True)
-    return _entrant(f"kvjax {format}, positions", spec, _data(spec), None)
 
 
 def _entrant(name: str, spec: DecodeSpec, data: Data, implementation: str | None) -> Entrant:

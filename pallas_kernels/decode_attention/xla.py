@@ -28,8 +28,14 @@ MIN_ROWS = 16
 CPU_CHUNK_BYTES = 1 << 18
 """Decoded slots that are alive at once on a CPU: an eighth of a common second-level cache."""
 
-ACCELERATOR_CHUNK_BYTES = 1 << 26
-"""The same for all lanes together on an accelerator."""
+ACCELERATOR_CHUNK_BYTES = 1 << 24
+"""The same for all lanes together on an accelerator: a third of an H100's second-level cache."""
+
+ACCELERATOR_SHARE = 8
+"""On an accelerator at most one part in so many is decoded at once, unless that is less than `ACCELERATOR_LEAST_BYTES`."""
+
+ACCELERATOR_LEAST_BYTES = 1 << 20
+"""To start a kernel takes as long as to read about so much."""
 
 
 def run(
@@ -230,7 +236,8 @@ def _slice_bits(x: jax.Array, begin: tuple[Any, ...], sizes: tuple[int, ...]) ->
 def _sizes(lanes: int, blocks: int, block_bytes: int, granularity: int) -> tuple[int, int]:
     """(lanes at once, blocks per chunk, a multiple of `granularity`) whose decoded slots fit the platform's chunk."""
     on_cpu = jax.default_backend() == "cpu"
-    room = (CPU_CHUNK_BYTES if on_cpu else ACCELERATOR_CHUNK_BYTES // lanes) // block_bytes
+    share = max(lanes * blocks * block_bytes // ACCELERATOR_SHARE, ACCELERATOR_LEAST_BYTES)
+    room = (CPU_CHUNK_BYTES if on_cpu else min(ACCELERATOR_CHUNK_BYTES, share) // lanes) // block_bytes
     chunk = max(1, min(blocks, room) // granularity) * granularity
     return divisor_at_most(lanes, room // blocks) if on_cpu else lanes, chunk
 

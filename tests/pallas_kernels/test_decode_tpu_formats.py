@@ -166,9 +166,10 @@ def test_equals_the_reference(core: TpuCore, keys: Callable[[], Loader], values:
     assert_close(*run(keys(), values(), core))
 
 
-def test_latents_with_a_shared_rotary_part_are_read_once_for_all_heads() -> None:
+@pytest.mark.parametrize("rotary", [64, 128])  # the narrow one with slots along the lanes
+def test_latents_with_a_shared_rotary_part_are_read_once_for_all_heads(rotary: int) -> None:
     latent = Format(16, shared=True, rank=128)
-    spec = DecodeSpec("mla", 2, 4, 2, 256, 64, dataclasses.replace(latent, rotary=128), latent, lengths=(256, 100))
+    spec = DecodeSpec("mla", 2, 4, 2, 256, 64, dataclasses.replace(latent, rotary=rotary), latent, lengths=(256, 100))
     (q, keys, values), options = spec.arguments()
     with interpreted():
         got = pallas_tpu.forward(q, keys, values, **options, core=INTEGERS)

@@ -33,8 +33,7 @@ def run(cache: LayerCache, queries: jax.Array, keys: jax.Array, values: jax.Arra
 OPS = (
     Op(
         name="decode_step",
-        # No kernel is chosen on a GPU by itself yet: a step there is XLA's, and no kernel's.
-        implementations=(Implementation("pallas_tpu", run),),
+        implementations=(Implementation("pallas_tpu", run), Implementation("pallas_gpu", run)),
         example=HARDWARE[0].abstract,
     ),
 )

@@ -17,7 +17,7 @@ from pallas_kernels.decode_attention.pallas_tpu import blocks
 from pallas_kernels.decode_attention.pallas_tpu.edges import finish, start
 from pallas_kernels.decode_attention.pallas_tpu.mask import Mask
 from pallas_kernels.decode_attention.pallas_tpu.plan import Plan
-from pallas_kernels.decode_attention.pallas_tpu.reader import Operand
+from pallas_kernels.decode_attention.pallas_tpu.reader import Operand, Reader
 from pallas_kernels.decode_attention.pallas_tpu.step import Step
 from pallas_kernels.loader import Loader
 from pallas_kernels.pages import Pages
@@ -100,18 +100,23 @@ def _inputs(plan: Plan, q: jax.Array, keys: Loader, values: Loader, slots: Slots
     """The arrays that the kernel reads, by name, and how each is cut into blocks."""
     rows, heads = plan.step_rows, plan.step_heads
 
-    def of_slots(x: jax.Array) -> pl.BlockSpec:
+    def of_slots(x: jax.Array, turned: bool = False) -> pl.BlockSpec:
         shared = x.shape[1] == 1
-        shape = (rows, 1 if shared else heads, x.shape[2] * plan.block // slots.count, *x.shape[3:])
 
         def index(b: Any, k: Any, j: Any, state: Any, fetched: Any, *_: Any) -> tuple[Any, ...]:
-            return b, 0 if shared else k, fetched[b, j], *(0,) * (x.ndim - 3)
+            at = (0, fetched[b, j]) if turned else (fetched[b, j], *(0,) * (x.ndim - 3))
+            return b, 0 if shared else k, *at
 
-        return pl.BlockSpec(shape, index)
+        cut = block_shape(x.shape[2:], turned, plan.block, slots.count)
+        return pl.BlockSpec((rows, 1 if shared else heads, *cut), index)
 
-    def stored(loader: Loader) -> tuple[Any, Any]:
+    def stored(reader: Reader, loader: Loader) -> tuple[Any, Any]:
+        turned = reader.turned(loader)
         if slots.pages is None:
-            return loader.slots, jax.tree.map(of_slots, loader.slots)
+            arrays = jax.tree.map(lambda x, turn: x.swapaxes(2, 3) if turn else x, loader.slots, turned)
+            return arrays, jax.tree.map(of_slots, loader.slots, turned)
+        if any(jax.tree.leaves(turned)):
+            raise NotImplementedError("pages of an array whose channels do not fill the lanes")
         # What has one number per slot is small, and a page of it is less than a tile: it is gathered beforehand.
         natural = slots.pages.gather(loader).slots
         arrays = jax.tree.map(
@@ -131,7 +136,7 @@ def _inputs(plan: Plan, q: jax.Array, keys: Loader, values: Loader, slots: Slots
     specs: dict[str, Any] = {"q": pl.BlockSpec((rows, heads, *inputs["q"].shape[2:]), _of_row)}
     for name, reader, loader in (("keys", plan.keys, keys), ("values", plan.values, values)):
         constants = reader.constants(loader)
-        arrays, cut = stored(loader)
+        arrays, cut = stored(reader, loader)
         inputs[name], specs[name] = (arrays, constants), (cut, jax.tree.map(constant, constants))
     holes = None if slots.valid is None else slots.valid.astype(jnp.int8)
     for name, x in {"holes": holes, "bias": slots.bias, "positions": slots.positions}.items():
@@ -182,6 +187,12 @@ def _in_hbm(x: jax.Array) -> jax.Array:
 
 def _is_copies(x: Any) -> bool:
     return isinstance(x, _Copies)
+
+
+def block_shape(shape: tuple[int, ...], turned: bool, block: int, slots: int) -> tuple[int, ...]:
+    """The part of an array [entries of S slots, ...] that belongs to a block; `turned`: the last two axes exchanged."""
+    cut = (shape[0] * block // slots, *shape[1:])
+    return cut[::-1] if turned else cut
 
 
 def _of_row(b: Any, k: Any, j: Any, *_: Any) -> tuple[Any, ...]:

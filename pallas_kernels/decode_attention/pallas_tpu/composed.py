@@ -122,11 +122,22 @@ class Corrected(Composed):
 
 @dataclasses.dataclass(frozen=True)
 class Joined(Reader):
-    """The channels of several plain arrays of one type, side by side."""
+    """The channels of several plain arrays of one type, side by side.
+
+    Attributes:
+      turns: of each array, whether its channels do not fill the lanes. XLA lays such a one out with slots along them.
+    """
+
+    turns: tuple[bool, ...] = ()
+
+    def turned(self, loader: Any) -> Any:
+        return jax.tree.unflatten(jax.tree.structure(loader.slots), self.turns)
 
     def read(self, operand: Any, row: int, head: int) -> list[list[jax.Array]]:
         refs = [part.x for part in operand.loader.parts]
-        return [[jnp.concatenate([x[row, own(x, head)] for x in refs], axis=1)]]
+        parts = [x[row, own(x, head)] for x in refs]
+        parts = [x.T if turn else x for x, turn in zip(parts, self.turns, strict=True)]
+        return [[jnp.concatenate(parts, axis=1)]]
 
 
 def _of_head(ref: Any, row: int, head: int) -> jax.Array:

@@ -96,10 +96,7 @@ def _concat(loader: ConcatLoader, integers: bool) -> Reader:
     parts = [reader(part, integers) for part in loader.parts]
     if any(type(part) is not Reader or part.unit != parts[0].unit for part in parts):
         raise NotImplementedError("channels in several formats; several arrays of one floating type can be read")
-    if narrow := [part.dim for part in parts if part.dim % LANES]:
-        # XLA lays such an array out with slots along the lanes, and would copy all of it for the kernel.
-        raise NotImplementedError(f"{narrow[0]} channels in an array of their own do not fill {LANES} lanes")
-    return Joined(parts[0].unit, loader.head_dim)
+    return Joined(parts[0].unit, loader.head_dim, turns=tuple(part.dim % LANES > 0 for part in parts))
 
 
 def _scaled(loader: ScaledLoader, integers: bool) -> Reader:

@@ -95,6 +95,10 @@ class Reader:
     def prepare(self, operand: Any) -> None:
         """What is done once for all heads of a block."""
 
+    def turned(self, loader: Any) -> Any:
+        """For each array of the loader's slots, whether the kernel gets it with slots along the lanes."""
+        return jax.tree.map(lambda _: False, loader.slots)
+
     @property
     def has_summand(self) -> bool:
         return False

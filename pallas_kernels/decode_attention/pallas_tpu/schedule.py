@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.decode_attention.pallas_tpu.call import is_memory, make_step, memory, parameters
+from pallas_kernels.decode_attention.pallas_tpu.call import block_shape, is_memory, make_step, memory, parameters
 from pallas_kernels.decode_attention.pallas_tpu.edges import finish, start
 from pallas_kernels.decode_attention.pallas_tpu.mask import Mask
 from pallas_kernels.decode_attention.pallas_tpu.plan import Plan
@@ -22,9 +22,10 @@ def schedule(plan: Plan, keys: Loader, values: Loader, steps: int, copies: bool)
     """`steps` whole blocks in one loop, from HBM with `copies`, else from vector memory as it is."""
     slots = keys.count
 
-    def cut(x: Any) -> jax.ShapeDtypeStruct:
+    def cut(x: Any, turned: bool) -> jax.ShapeDtypeStruct:
         heads = 1 if x.shape[1] == 1 else plan.step_heads
-        return jax.ShapeDtypeStruct((plan.step_rows, heads, x.shape[2] * plan.block // slots, *x.shape[3:]), x.dtype)
+        shape = block_shape(x.shape[2:], turned, plan.block, slots)
+        return jax.ShapeDtypeStruct((plan.step_rows, heads, *shape), x.dtype)
 
     def of_heads(x: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((min(x.shape[0], plan.step_heads), *x.shape[1:]), x.dtype)
@@ -35,7 +36,8 @@ def schedule(plan: Plan, keys: Loader, values: Loader, steps: int, copies: bool)
     def step_spec(x: Any) -> pl.BlockSpec:
         return pl.BlockSpec(x.shape, lambda s: (s, *(0,) * (len(x.shape) - 1)))
 
-    blocks = jax.tree.map(cut, (keys.slots, values.slots))
+    turned = plan.keys.turned(keys), plan.values.turned(values)
+    blocks = jax.tree.map(cut, (keys.slots, values.slots), turned)
     q = jax.ShapeDtypeStruct((plan.step_rows, plan.step_heads, plan.queries, plan.keys.dim), jnp.float32)
     constants = (jax.eval_shape(plan.keys.constants, keys), jax.eval_shape(plan.values.constants, values))
     small = (q, *jax.tree.map(of_heads, constants))
