@@ -23,6 +23,7 @@ COMMANDS = {
     "demo": Command("experiments.demo", "the shipped model, eight cache methods, four tasks: a table and a report"),
     "compare": Command("experiments.compare", "compare methods of your choice on a model, tasks and contexts"),
     "leaderboard": Command("experiments.leaderboard", "every named method at the same bytes, and the Pareto fronts"),
+    "study": Command("experiments.study", "what the founding papers claim, predicted and measured: held or not"),
     "calibrate": Command("experiments.calibrate", "find what a method must know of a model, and keep it in one file"),
     "methods": Command("experiments.methods", "every named method: paper, what it chooses, bits per element"),
     "generate": Command("experiments.generate", "continue a prompt with the cache kept by any method"),

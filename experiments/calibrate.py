@@ -34,6 +34,7 @@ class Config:
       echo_share: razor: the share of heads that is chosen for looking at earlier copies of a token.
       induction_share: razor: the share that is chosen for looking at what came after such copies.
       full_share: duo_attention: the share of heads that keep everything.
+      mean_bits: kvtuner: bits, the mean over layers, keys and values; default is what the method's table spends.
       threshold: simlayerkv: a layer with more attention than this on sinks and recent window is lazy.
     """
 
@@ -52,6 +53,7 @@ class Config:
     echo_share: float = 0.01
     induction_share: float = 0.14
     full_share: float | None = None
+    mean_bits: float | None = None
     threshold: float = 0.9
 
 
@@ -88,6 +90,7 @@ def finders(config: Config) -> list[Finder]:
     from kvjax.calibration.factors import LowRankFactors
     from kvjax.calibration.gates import Gates
     from kvjax.calibration.importance import Importance
+    from kvjax.calibration.layer_bits import LayerBits
     from kvjax.calibration.lazy_layers import LazyLayers
     from kvjax.calibration.retrieval_heads import RetrievalHeads
 
@@ -96,6 +99,7 @@ def finders(config: Config) -> list[Finder]:
         RetrievalHeads(echo_share=config.echo_share, induction_share=config.induction_share),
         Gates(full_share=config.full_share, **steps),
         LazyLayers(threshold=config.threshold),
+        LayerBits(mean_bits=config.mean_bits),
         Codebooks(weighting=config.weighting, match_moments=config.match_moments),
         LowRankFactors(start=config.factors, **steps),
         Importance(**steps),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -42,9 +44,9 @@ def wide(x: jax.Array, width: int) -> jax.Array:
     return jnp.concatenate([x] * whole + ([x[:, :rest]] if rest else []), axis=1)
 
 
-def fold(x: jax.Array) -> jax.Array:
-    """Partial sums over lanes: [n, m * 128] -> [n, 128]."""
-    return sum((x[:, c : c + LANES] for c in range(LANES, x.shape[1], LANES)), start=x[:, :LANES])
+def fold(x: jax.Array, join: Callable[[jax.Array, jax.Array], jax.Array] = jnp.add) -> jax.Array:
+    """Partial sums (or what else `join` makes of two) over lanes: [n, m * 128] -> [n, 128]."""
+    return functools.reduce(join, (x[:, c : c + LANES] for c in range(0, x.shape[1], LANES)))
 
 
 def to_columns(ref: Any) -> jax.Array:

@@ -32,6 +32,7 @@ def race(
     *,
     seed: int = 0,
     least: float = 0.0,
+    warm_up: int = WARM_UP,
     advance: Callable[[], None] = lambda: None,
 ) -> dict[str, Laps]:
     """Runs all in every round, in a random order, after a warm-up.
@@ -41,9 +42,10 @@ def race(
       rounds: how often each is timed.
       seed: of the orders.
       least: seconds; what takes less is computed several times in a row, so that starting it is not what is timed.
+      warm_up: how often each runs before that.
       advance: called after each round.
     """
-    calls = {name: _calls(run, least) for name, run in runners.items()}
+    calls = {name: _calls(run, least, warm_up) for name, run in runners.items()}
     laps: dict[str, list[tuple[float, float]]] = {name: [] for name in runners}
     order, shuffler = list(runners), random.Random(seed)
     for _ in range(rounds):
@@ -61,8 +63,10 @@ def _columns(times: list[tuple[float, float]]) -> tuple[tuple[float, ...], tuple
     return tuple(x for x, _ in times), tuple(x for _, x in times)
 
 
-def _calls(run: Callable[[int], None], least: float) -> int:
-    run(WARM_UP)
+def _calls(run: Callable[[int], None], least: float, warm_up: int) -> int:
+    run(warm_up)
+    if not least:
+        return 1
     began = time.perf_counter()
     run(1)
     return max(1, math.ceil(least / max(time.perf_counter() - began, 1e-6)))

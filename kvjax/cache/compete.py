@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
+from kvjax.cache.fate import Kept, Lost
 from kvjax.cache.policy import Slots, Tokens
-from kvjax.cache.segment import Segment
+from kvjax.cache.segment import EMPTY, Segment
 from kvjax.typing import Array
 
 if TYPE_CHECKING:
@@ -35,15 +36,15 @@ class Arriving:
 
 def compete(
     cache: LayerCache, tokens: Tokens, seen: Array, used: Array, new: Arriving
-) -> tuple[Array, Array, Segment | None, Arriving]:
+) -> tuple[Array, Array, LayerCache, Arriving]:
     """Frees the blocks with the lowest scores where the body is at its limit.
 
     Args:
       seen: as in `Slots`. used: bool [B, K or 1, M], blocks that hold tokens.
 
     Returns:
-      The blocks that stay; whether the arriving block does; the segment aside with the losers; and the arriving block,
-      made to depend on the losers, which are read before it is written over one of them.
+      The blocks that stay; whether the arriving block does; the cache whose fate has met the losers; and the arriving
+      block, made to depend on the losers, which are read before it is written over one of them.
     """
     block, blocks = cache.layout.block, used.shape[-1]
     number = 1 if cache.method.every is None else cache.method.every // block
@@ -60,8 +61,11 @@ def compete(
         none = jnp.repeat(used[..., :1].astype(jnp.int32) * 0, min(number, blocks + 1), axis=-1)
         lowest = jax.lax.cond(full.any(), rank, lambda: none)
     lost = jax.nn.one_hot(lowest, blocks + 1, dtype=jnp.bool_).any(axis=-2) & full[..., None]
+    stay, enters = used & ~lost[..., :blocks], new.present & ~lost[..., blocks]
+    if cache.method.fate.merges:
+        cache, new = _bequeath(cache, lowest, full, stay, enters, new)
     aside, new = _surrender(cache, lowest, full, new)
-    return used & ~lost[..., :blocks], new.present & ~lost[..., blocks], aside, new
+    return stay, enters, dataclasses.replace(cache, aside=aside), new
 
 
 def _block_scores(cache: LayerCache, tokens: Tokens, seen: Array, used: Array, new: Arriving) -> Array:
@@ -115,3 +119,38 @@ def _surrender(cache: LayerCache, lowest: Array, full: Array, new: Arriving) -> 
     never = jnp.isnan(read) & jnp.isinf(read)
     keys, values = (jnp.where(never, 0.0, x).astype(x.dtype) for x in (new.keys, new.values))
     return aside, dataclasses.replace(new, keys=keys, values=values)
+
+
+def _bequeath(
+    cache: LayerCache, lowest: Array, full: Array, stay: Array, enters: Array, new: Arriving
+) -> tuple[LayerCache, Arriving]:
+    """Hands the values of the losers, tokens `lowest` int32 [B, K or 1, n] where `full`, to those that stay."""
+    body, ring = cache.body, cache.recent
+    assert body is not None and body.stats is not None and new.stats is not None
+    heads, last = body.stats.shape[1], body.slots
+    ours = jnp.broadcast_to(new.positions, (*enters.shape, 1))
+    entering = Kept(new.values, jnp.where(enters[..., None], ours, EMPTY), new.stats)
+    parts = [Kept(body.values, jnp.where(stay, body.positions, EMPTY), body.stats), entering]
+    if ring is not None and ring.stats is not None:
+        leaves = new.present[..., None] & (ring.positions == new.positions)
+        parts.append(Kept(ring.values, jnp.where(leaves, EMPTY, ring.positions), ring.stats))
+    total = jnp.sum(new.values)
+    never = jnp.isnan(total) & jnp.isinf(total)  # orders the reads of a donated store before the writes (see `flow`)
+    for i in range(lowest.shape[-1]):
+        index = lowest[..., i : i + 1]
+        at = jnp.broadcast_to(jnp.minimum(index, last - 1), (len(index), heads, 1))
+        itself = index == last
+
+        def of(store: Array, arriving: Array, at: Array = at, itself: Array = itself) -> Array:
+            taken = jnp.take_along_axis(store, at.reshape(*at.shape, *(1,) * (store.ndim - 3)), axis=2)
+            return jnp.where(itself.reshape(*itself.shape, *(1,) * (store.ndim - 3)), arriving, taken)
+
+        values = jnp.where(never, 0.0, of(parts[0].values, parts[1].values))
+        positions = jnp.where(itself, ours, jnp.take_along_axis(body.positions, jnp.minimum(index, last - 1), axis=2))
+        loser = Lost(values, positions, of(body.stats, new.stats), full, cache.head_index)
+        merged = cache.method.fate.bequeath(loser, parts)
+        parts = [dataclasses.replace(part, values=x) for part, x in zip(parts, merged, strict=True)]
+    cache = dataclasses.replace(cache, body=dataclasses.replace(body, values=parts[0].values))
+    if ring is not None and len(parts) > 2:
+        cache = dataclasses.replace(cache, recent=dataclasses.replace(ring, values=parts[2].values))
+    return cache, dataclasses.replace(new, values=parts[1].values)

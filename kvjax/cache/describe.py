@@ -20,10 +20,10 @@ _AXES = (budget.Budget, policy.Policy, fate.Fate, codec.Codec, selector.Selector
 
 
 def _exported() -> dict[str, type]:
-    """The method, the dimensions, and every concrete class of the four axes."""
+    """The method, the dimensions, every concrete class of the axes, and what parts are made of."""
     members = (item for module in (budget, policy, fate, codec, selector) for item in vars(module).values())
     parts = (x for x in members if isinstance(x, type) and issubclass(x, _AXES) and not inspect.isabstract(x))
-    return {cls.__name__: cls for cls in (CacheMethod, CacheDims, *parts)}
+    return {cls.__name__: cls for cls in (CacheMethod, CacheDims, policy.Repetition, *parts)}
 
 
 PARTS: dict[str, type] = _exported()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
+from kvjax.cache import keys_first
 from kvjax.cache.layout import ceil_to, flushed
 from kvjax.cache.policy import Prompt
 from kvjax.cache.segment import EMPTY, Segment, at_positions, where_true
@@ -24,15 +26,21 @@ def fill(cache: LayerCache, prompt: Prompt, lengths: Array) -> LayerCache:
     keys = prompt.unrotated_keys if cache.method.stores_unrotated else prompt.keys
     stats = policy.prompt_statistics(prompt) if cache.method.keeps_statistics else None
 
-    def put(segment: Segment | None, positions: Array) -> Segment | None:
-        """positions int32 [B, K or 1, n], EMPTY where a slot stays free."""
+    chosen = lost = jnp.zeros((), bool)
+    values, left_ring = prompt.values, flushed(lengths, layout.sinks, cache.ring, layout.block)
+    if cache.method.budget.evicts:
+        chosen, lost = _chosen(cache, prompt, left_ring)
+        values = _merged(cache, prompt, chosen, lost, lengths)
+
+    def put(segment: Segment | None, positions: Array, ahead: Array | None = None) -> Segment | None:
+        """positions int32 [B, K or 1, n], EMPTY where a slot stays free; ahead as in `Segment.fill`."""
         if segment is None:
             return None
         slot_stats = None if stats is None else at_positions(stats, positions) * (positions >= 0)
-        fitted = segment.fitted(keys, prompt.values, prompt)
-        return fitted.fill(at_positions(keys, positions), at_positions(prompt.values, positions), positions, slot_stats)
+        fitted = segment.fitted(keys, values, prompt)
+        stored = at_positions(keys, positions if ahead is None else ahead)
+        return fitted.fill(stored, at_positions(values, positions), positions, slot_stats, ahead)
 
-    left_ring = flushed(lengths, layout.sinks, cache.ring, layout.block)
     filled = dataclasses.replace(
         cache,
         sinks=put(cache.sinks, _sink_positions(layout.sinks, lengths)),
@@ -40,34 +48,40 @@ def fill(cache: LayerCache, prompt: Prompt, lengths: Array) -> LayerCache:
         length=lengths,
         state=policy.next_state(cache.state, _read(prompt, lengths)) if cache.method.budget.evicts else None,
     )
+    if cache.method.flush == "keys first":
+        positions, ahead = (_in_order(cache, prompt, n) for n in (left_ring, keys_first.coded(filled)))
+        filled = _with_body(filled, prompt, put, positions, ahead)
+        return keys_first.rounded(filled, keys)
     if not cache.method.budget.evicts:
         return _with_body(filled, prompt, put, _in_order(cache, prompt, left_ring))
-    p = prompt.positions[:, None]
-    eligible = (p >= layout.sinks) & (p < layout.sinks + left_ring[:, None, None])
-    chosen = _chosen(cache, prompt, eligible, left_ring)
     if cache.pool is not None:
-        filled = dataclasses.replace(filled, pool=cache.pool.fill(prompt, keys, prompt.values, chosen))
+        filled = dataclasses.replace(filled, pool=cache.pool.fill(prompt, keys, values, chosen))
     elif cache.body is not None:
         filled = _with_body(filled, prompt, put, where_true(chosen, layout.kept, layout.block))
     if cache.aside is not None:
-        aside = cache.method.fate.settle(cache.aside, keys, prompt.values, eligible & ~chosen, prompt)
+        aside = cache.method.fate.settle(cache.aside, keys, prompt.values, lost, prompt)
         filled = dataclasses.replace(filled, aside=aside)
     return filled
 
 
 def _with_body(
-    cache: LayerCache, prompt: Prompt, put: Callable[[Segment | None, Array], Segment | None], positions: Array
+    cache: LayerCache,
+    prompt: Prompt,
+    put: Callable[..., Segment | None],
+    positions: Array,
+    ahead: Array | None = None,
 ) -> LayerCache:
     """The cache with tokens at positions int32 [B, K or 1, n] in the body, and the selector's index of them."""
     selector, index = cache.method.selector, cache.index
     if selector.page is not None and positions.shape[-1]:
         places = jnp.pad(positions, ((0, 0), (0, 0), (0, -positions.shape[-1] % selector.page)), constant_values=EMPTY)
-        keys = at_positions(prompt.keys, places).astype(jnp.float32)
+        keys = prompt.keys if selector.rotated else prompt.unrotated_keys
+        keys = at_positions(keys, places).astype(jnp.float32)
         paged = keys.reshape(*keys.shape[:2], -1, selector.page, keys.shape[-1])
         valid = (places >= 0).reshape(*places.shape[:2], -1, selector.page)
         page = jnp.arange(valid.shape[2], dtype=jnp.int32)[None, None]
         index = selector.indexed(index, paged, valid, page)
-    return dataclasses.replace(cache, body=put(cache.body, positions), index=index)
+    return dataclasses.replace(cache, body=put(cache.body, positions, ahead), index=index)
 
 
 def _read(prompt: Prompt, lengths: Array) -> Prompt:
@@ -88,14 +102,34 @@ def _ring_positions(cache: LayerCache, first: Array, lengths: Array) -> Array:
     return jnp.where((p < lengths[:, None]) & (slot < ring), p, EMPTY)[:, None]
 
 
-def _in_order(cache: LayerCache, prompt: Prompt, left_ring: Array) -> Array:
-    """Positions of a body that keeps everything."""
-    layout = cache.layout
-    rank = jnp.arange(min(layout.body, ceil_to(prompt.valid.shape[1], layout.block)), dtype=jnp.int32)
-    return jnp.where(rank < left_ring[:, None], layout.sinks + rank, EMPTY)[:, None]
+def _in_order(cache: LayerCache, prompt: Prompt, number: Array) -> Array:
+    """Positions of a body that keeps everything, of which `number` int32 [B] tokens are there."""
+    layout, block = cache.layout, math.lcm(*(codec.block for codec in cache.method.codecs))
+    rank = jnp.arange(min(layout.body, ceil_to(prompt.valid.shape[1], block)), dtype=jnp.int32)
+    return jnp.where(rank < number[:, None], layout.sinks + rank, EMPTY)[:, None]
 
 
-def _chosen(cache: LayerCache, prompt: Prompt, eligible: Array, left_ring: Array) -> Array:
+def _chosen(cache: LayerCache, prompt: Prompt, left_ring: Array) -> tuple[Array, Array]:
+    """bool [B, K or 1, T]: of the tokens that have left the ring, those that get a place in the body and the others."""
+    layout, p = cache.layout, prompt.positions[:, None]
+    eligible = (p >= layout.sinks) & (p < layout.sinks + left_ring[:, None, None])
+    chosen = _winners(cache, prompt, eligible, left_ring)
+    return chosen, eligible & ~chosen
+
+
+def _merged(cache: LayerCache, prompt: Prompt, chosen: Array, lost: Array, lengths: Array) -> Array:
+    """The values [B, K, T, H] of a prompt's tokens after those of the losers have gone where their fate says."""
+    layout, method = cache.layout, cache.method
+    if not method.fate.merges:
+        return prompt.values
+    p, tokens = prompt.positions[:, None], prompt.valid.shape[1]
+    kept = (p >= layout.sinks) & (p < lengths[:, None, None]) & ~lost
+    mass = prompt.mass("sum") if method.policy.mass_reduce is None else method.policy.prompt_statistics(prompt)
+    most = tokens if method.budget.pooled else min(tokens, layout.kept + layout.ring)
+    return method.fate.carried(kept, lost, mass, most, prompt)
+
+
+def _winners(cache: LayerCache, prompt: Prompt, eligible: Array, left_ring: Array) -> Array:
     """bool [B, K or 1, T]: the tokens that get a place in the body, among those that are eligible."""
     layout, method = cache.layout, cache.method
     kept = min(layout.kept, prompt.valid.shape[1] // layout.block * layout.block)

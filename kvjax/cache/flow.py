@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
+from kvjax.cache import keys_first
 from kvjax.cache.compete import Arriving, compete
+from kvjax.cache.method import CacheMethod
 from kvjax.cache.policy import Tokens
 from kvjax.cache.segment import EMPTY
 from kvjax.typing import Array
@@ -73,11 +75,13 @@ def _append_one(
             keys, values, positions, stats = ring.read(slot, layout.block)
             block = Arriving(ordered(keys), ordered(values), positions, stats, leaves[:, None])
             cache = _insert(cache, tokens, seen, block)
+            ring = cache.recent or ring
         left = jnp.where(leaves, slot // layout.block, layout.ring)[:, None]
         entered = jnp.where(past_sinks, slot, layout.ring)[:, None]
         recent = ring.clear(left, layout.block).write(*token, entered, 1)
         cache = dataclasses.replace(cache, recent=recent)
-    return dataclasses.replace(cache, length=cache.length + valid.astype(jnp.int32))
+    cache = dataclasses.replace(cache, length=cache.length + valid.astype(jnp.int32))
+    return keys_first.flush(cache, past_sinks) if cache.method.flush == "keys first" else cache
 
 
 def _insert(cache: LayerCache, tokens: Tokens, seen: Array, new: Arriving) -> LayerCache:
@@ -94,18 +98,26 @@ def _insert(cache: LayerCache, tokens: Tokens, seen: Array, new: Arriving) -> La
         write = jnp.broadcast_to(new.present, used.shape[:2])
         if cache.phase == "prompt" or method.every is not None:
             new = dataclasses.replace(new, present=write)
-            used, write, aside, new = compete(cache, tokens, seen, used, new)
+            used, write, cache, new = compete(cache, tokens, seen, used, new)
+            assert cache.body is not None
             keep = jnp.repeat(used, block, axis=-1)
-            body = dataclasses.replace(body, positions=jnp.where(keep, body.positions, EMPTY))
-            cache = dataclasses.replace(cache, aside=aside)
+            body = dataclasses.replace(cache.body, positions=jnp.where(keep, body.positions, EMPTY))
         target = jnp.argmin(used, axis=-1).astype(jnp.int32)
     target = jnp.where(write, target, body.slots // block)
     page, index = method.selector.page, cache.index
     if page is not None:
         there = jnp.ones((*target.shape, 1, block), bool)
-        index = method.selector.indexed(
-            index, new.keys[:, :, None].astype(jnp.float32), there, (target * block // page)[..., None]
-        )
-    return dataclasses.replace(
-        cache, index=index, body=body.write(new.keys, new.values, new.positions, new.stats, target, block)
-    )
+        compared = _as_compared(method, tokens, new)
+        index = method.selector.indexed(index, compared[:, :, None], there, (target * block // page)[..., None])
+    keys = None if method.flush == "keys first" else new.keys
+    body = body.write(keys, new.values, new.positions, new.stats, target, block)
+    return dataclasses.replace(cache, index=index, body=body)
+
+
+def _as_compared(method: CacheMethod, tokens: Tokens, new: Arriving) -> Array:
+    """The keys of a block, f32 [B, K, block, H], in the form that the selector's index is made of."""
+    keys, rope, rotated = new.keys.astype(jnp.float32), tokens.step.rope, method.selector.rotated
+    if rope is None or rotated != method.stores_unrotated:
+        return keys
+    turned = rope.rotate(keys, new.positions if rotated else -new.positions)
+    return turned if rotated else turned / rope.amplitude**2

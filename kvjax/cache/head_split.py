@@ -136,7 +136,7 @@ def _of_heads(data: LayerData, heads: Array, total: int) -> LayerData:
     """The data [1, K or 1, ...] of some heads."""
 
     def pick(leaf: Array) -> Array:
-        return leaf[:, heads] if leaf.shape[1] == total and total > 1 else leaf
+        return jnp.asarray(leaf)[:, heads] if leaf.shape[1] == total and total > 1 else leaf
 
     def mine(tree: PyTree) -> PyTree:
         return jax.tree.map(pick, tree)

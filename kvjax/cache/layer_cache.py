@@ -63,7 +63,7 @@ class LayerCache:
       ring: int32 [B], what a row uses of the recent window's slots.
       limit: int32 [B], body slots that a row may fill before its tokens compete. Both follow the row's own budget.
       head_index: int32 [K], one number per (layer, head) of the whole model, for random draws under sharding.
-      index: what the method's selector knows of the body's pages, leaves [B, K, M, ...], or None.
+      index: what the method's selector knows of the body's pages and remembers, leaves [B, K, ...], or None.
       state: the policy's state, leaves [B, K, ...], or None.
       data: what the policy was calibrated to, leaves [K, ...] or shared, or None.
       method, dims: static. Inside `jax.shard_map` the arrays are smaller than dims says; shapes are read from arrays.

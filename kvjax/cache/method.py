@@ -12,8 +12,9 @@ from kvjax.cache.budget import Budget, Full, Uniform
 from kvjax.cache.codec import Codec, Identity
 from kvjax.cache.fate import Drop, Fate
 from kvjax.cache.layout import CacheDims, Layout, ceil_to, ring_slots
-from kvjax.cache.policy import Policy, Recency
+from kvjax.cache.policy import Policy, Recency, Repetition
 from kvjax.cache.policy.base import check_word
+from kvjax.cache.refusal import refusal
 from kvjax.cache.selector import ReadAll, Selector
 from kvjax.errors import UsageError
 from kvjax.typing import Array
@@ -22,6 +23,7 @@ FULL, RECENCY, DROP, READ_ALL, EXACT = Full(), Recency(), Drop(), ReadAll(), Ide
 Prefill = Literal["exact", "streaming"]
 Positions = Literal["original", "renumbered"]
 Rotate = Literal["write", "read"]
+Flush = Literal["together", "keys first"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +33,7 @@ class CacheMethod:
     Attributes:
       name: for tables; `kvjax.cache.methods` makes names that can be parsed back.
       budget: how many tokens keep a place. policy: which. fate: what becomes of the others.
-      selector: what of the body a decoded token reads.
+      selector: what of the body new tokens read.
       keys, values: in which precision the body stores tokens; sinks and recent window are exact.
       sinks: first tokens that are always kept, exactly.
       recent: newest tokens that are always kept, exactly: a number, or (float) a share of the budget.
@@ -43,6 +45,8 @@ class CacheMethod:
         cache, when they are read, as StreamingLLM does).
       rotate: "write" (keys are stored rotated) or "read" (stored before rotary embedding, and rotated when they are
         read, as KVQuant and CSKV do).
+      flush: "together" (keys and values leave the recent window a block at a time) or "keys first" (values leave it one
+        by one, but keys are coded all at once whenever the window has been filled anew, as KIVI's release does).
     """
 
     name: str = "custom"
@@ -58,91 +62,19 @@ class CacheMethod:
     every: int | None = None
     positions: Positions = "original"
     rotate: Rotate = "write"
+    flush: Flush = "together"
 
     def __post_init__(self) -> None:
-        problem = self._problem()
-        if problem:
-            raise UsageError(f"method {self.name!r} cannot work: {problem}")
-
-    def _problem(self) -> str | None:
-        return self._wrong_field() or self._wrong_codecs() or self._wrong_selector() or self._wrong_budget()
-
-    def _wrong_field(self) -> str | None:
-        check_word(self, "prefill", Prefill)
-        check_word(self, "positions", Positions)
-        check_word(self, "rotate", Rotate)
-        if self.sinks < 0 or self.recent < 0:
-            return f"sinks and recent must not be negative; got {self.sinks} and {self.recent}"
-        if isinstance(self.recent, float) and not (self.budget.evicts and self.recent < 1):
-            return f"recent={self.recent} as a share needs a budget that evicts and a value below 1"
-        return None
-
-    def _wrong_codecs(self) -> str | None:
-        codecs = self.every_codec
-        fits = any(codec.fits_prompt for codec in codecs)
-        if self.prefill == "streaming" and fits:
-            return "a codec takes its parameters from the whole prompt, which a streaming prefill never has at once"
-        if self.stores_unrotated and (self.keys.fits_prompt or any(c.fits_prompt for c in self.fate.codecs)):
-            return "a codec of keys takes its parameters from the prompt's rotated keys; use rotate='write'"
-        if self.budget.evicts and self.policy.per_head and self.joint:
-            return "a codec stores all heads of a token together, so heads cannot keep different tokens"
-        if self.budget.pooled and any(codec.fits_prompt or codec.calibrated or codec.joint for codec in codecs):
-            return "a codec has parameters for each head, but the pages of a pool belong to changing heads"
-        return None
-
-    def _wrong_selector(self) -> str | None:
-        page = self.selector.page
-        if page is None:
-            return None
-        if self.every is not None:
-            return "a selector's index of a page cannot forget a token that loses its place; use every=None"
-        if self.stores_unrotated:
-            return "a selector compares rotated queries with rotated keys; use rotate='write' and original positions"
-        if self.budget.pooled:
-            return "the pages of a packed pool belong to changing heads, so a selector has no index of them"
-        if page % self.block:
-            return f"a selector's pages of {page} slots must be a multiple of the codecs' block of {self.block}"
-        return None
-
-    def _wrong_budget(self) -> str | None:
-        if not self.budget.evicts:
-            return "`every` needs a budget that evicts" if self.every is not None else None
-        if self.fate.needs_rotated and self.stores_unrotated:
-            return f"{type(self.fate).__name__} keeps keys that have no one position; it needs rotated keys"
-        if self.budget.pooled and (problem := self._wrong_pool()):
-            return problem
-        least = self.policy.least_recent
-        if isinstance(self.recent, int) and self.recent < least:
-            return f"{type(self.policy).__name__} needs a recent window of at least {least} tokens; got {self.recent}"
-        if self.every is not None and (self.every < 1 or self.every % self.block):
-            return f"every={self.every} must be a positive multiple of the codecs' block of {self.block} tokens"
-        if not self.policy.online and self.every is not None:
-            return (
-                f"{type(self.policy).__name__} scores a prompt only, so decoded tokens cannot compete; use every=None"
-            )
-        if not (self.policy.online and self.policy.streams) and self.prefill == "streaming":
-            return (
-                f"{type(self.policy).__name__} scores with the prompt's last queries, which a streaming prefill has "
-                "not seen when it must evict; use prefill='exact' or another policy"
-            )
-        return None
-
-    def _wrong_pool(self) -> str | None:
-        if not self.policy.per_head:
-            return f"{type(self.policy).__name__} keeps the same tokens in all heads, so heads have nothing to share"
-        if self.every is not None or self.prefill == "streaming":
-            return "heads share their places once, at the end of an exact prompt; use every=None and prefill='exact'"
-        if self.fate.codecs:
-            return f"{type(self.fate).__name__} cannot follow: what heads lose differs in number"
-        if self.positions == "renumbered":
-            return "positions cannot be renumbered, because heads hold different numbers of tokens"
-        if self.block > 1:
-            return f"the codecs' blocks of {self.block} tokens would tie heads to whole blocks; use per-token codecs"
-        return None
+        for field, words in (("prefill", Prefill), ("positions", Positions), ("rotate", Rotate), ("flush", Flush)):
+            check_word(self, field, words)
+        if reason := refusal(self):
+            raise UsageError(f"method {self.name!r} cannot work: {reason}")
 
     @property
     def block(self) -> int:
-        """Tokens that are encoded, evicted and read as a unit."""
+        """Tokens that leave the recent window, are evicted and read as a unit."""
+        if self.flush == "keys first":
+            return self.values.block
         return math.lcm(*(codec.block for codec in self.every_codec))
 
     @property
@@ -179,6 +111,11 @@ class CacheMethod:
         return any(part.calibrated for part in (*self.every_codec, *policies))
 
     @property
+    def repetition(self) -> Repetition | None:
+        """The pass over the model that the policy takes its scores from, or None."""
+        return self.policy.repetition if self.budget.evicts else None
+
+    @property
     def joint(self) -> bool:
         """Whether heads share a store, so that they cannot be spread over devices."""
         return any(codec.joint for codec in self.every_codec)
@@ -191,7 +128,7 @@ class CacheMethod:
         here = here._with_budget(budget)
         if budget.evicts or dims.window is None or dims.window >= dims.max_length:
             return here
-        recent = max(recent, 1)
+        recent, here = max(recent, 1), dataclasses.replace(here, flush="together")
         window = ceil_to(dims.window, here.block) + here.sinks + ring_slots(recent, here.block)
         return dataclasses.replace(
             here,
@@ -242,12 +179,15 @@ class CacheMethod:
         if self.every is not None:
             growth, spare = 0, self.every - self.block
         most = ceil_to(dims.max_length - self.sinks - ring, self.block)
+        if self.budget.pooled:  # what is decoded has no place in a pool
+            kept = min(kept, max(most - growth, 0))
         return Layout(self.block, self.sinks, ring, min(kept, most), self._even(min(kept + growth + spare, most), dims))
 
     def _even(self, slots: int, dims: CacheDims) -> int:
         """Slots rounded up so that no platform pads the rows of the stores."""
         each = (codec.even_slots(dims) for codec in self.codecs)
-        return ceil_to(slots, math.lcm(self.block, self.selector.page or 1, *each))
+        unit = int(self.recent) if self.flush == "keys first" else self.block
+        return ceil_to(slots, math.lcm(unit, self.selector.page or 1, *each))
 
     def _check_kept(self, tokens: int, ring: int, kept: int, dims: CacheDims) -> None:
         needs_body = self.policy.per_head or (self.keys, self.values) != (EXACT, EXACT)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvjax.cache.head_split import AnyLayer, empty_layer
-from kvjax.cache.layer_cache import NO_DATA, LayerData
+from kvjax.cache.layer_cache import NO_DATA, LayerCache, LayerData
 from kvjax.cache.layout import CacheDims
 from kvjax.cache.method import CacheMethod
 from kvjax.cache.plan import full_bytes, layer_bytes, resolve
@@ -67,6 +68,20 @@ class ModelCache:
         """A copy with buffers of its own, so that both can be continued (steps donate their cache)."""
         return jax.tree.map(jnp.copy, self)
 
+    def stepped(self, layers: Any) -> ModelCache:
+        """This cache after a step that has left it these layers (a sequence, as the model returns it).
+
+        Where the method has a selector, layers settle here what the next step reads.
+        """
+        selector = self.method.selector
+        if selector.page is None:
+            return dataclasses.replace(self, layers=tuple(layers))
+        nodes, tree = jax.tree.flatten(tuple(layers), is_leaf=_is_layer)
+        places = [i for i, x in enumerate(nodes) if _is_layer(x) and x.method.selector == selector]
+        for i, index in zip(places, selector.settled([nodes[i].index for i in places]), strict=True):
+            nodes[i] = dataclasses.replace(nodes[i], index=index)
+        return dataclasses.replace(self, layers=jax.tree.unflatten(tree, nodes))
+
     def end_prompt(self) -> ModelCache:
         """Marks the end of a streaming prefill."""
         return dataclasses.replace(self, layers=tuple(layer.end_prompt() for layer in self.layers))
@@ -116,6 +131,11 @@ class ModelCache:
                 f"room for {length + int(room[row])} (max_length {self.layers[0].dims.max_length}, prompt "
                 f"{self.layers[0].dims.prompt_length}). Make it with a larger max_length, or append less."
             )
+
+
+def _is_layer(x: object) -> bool:
+    """Whether x caches all that it has in segments of its own."""
+    return isinstance(x, LayerCache)
 
 
 def _used_bytes(segment: Part) -> float:

@@ -11,10 +11,10 @@ from kvjax.cache.codec import Codec
 from kvjax.cache.layout import CacheDims
 from kvjax.cache.policy.seen import Prompt
 from kvjax.cache.segment import EMPTY, Segment
+from kvjax.cache.selector import Chosen
 from kvjax.cache.step import Step
 from kvjax.typing import Array, PyTree
 from pallas_kernels.logits import log_sum
-from pallas_kernels.pages import Pages
 
 PAGE = 32
 """Slots per page."""
@@ -102,7 +102,7 @@ class Pool:
         places: Array | None,
         query_positions: Array,
         logits: bool,
-        pages: Pages | None = None,
+        chosen: Chosen | None = None,
     ) -> tuple[Array, ...]:
         """See `Segment.attend`; never returns logits, always reads every page. places int32 [B, M, P] or None."""
         by_page = jnp.take_along_axis(queries, self.owner[..., None, None], axis=1)

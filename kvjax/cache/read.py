@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
@@ -10,9 +11,9 @@ from kvjax.cache.observe import needs_logits, observe
 from kvjax.cache.policy import Tokens
 from kvjax.cache.pool import Part
 from kvjax.cache.prompt import group_filled, ungroup
+from kvjax.cache.selector import Chosen
 from kvjax.typing import Array
 from pallas_kernels import merge, prefill_attention
-from pallas_kernels.pages import Pages
 from pallas_kernels.rope import Rope
 
 if TYPE_CHECKING:
@@ -30,10 +31,11 @@ def read_cache(cache: LayerCache, tokens: Tokens) -> tuple[Array, LayerCache, Ar
     batch, heads, group, count, head_dim = queries.shape
     rows = queries.reshape(batch, heads, group * count, head_dim)
     row_positions = jnp.tile(step.positions, (1, group))
+    chosen, cache = _choose(cache, tokens)
     parts, logits = [], []
     for segment, place in zip(cache.segments, ranks, strict=True):
-        pages = chosen_pages(cache, segment, rows, count)
-        read = segment.attend(rows, step, place, row_positions, needs_logits(cache, segment), pages)
+        of_body = chosen if segment is cache.body else None
+        read = segment.attend(rows, step, place, row_positions, needs_logits(cache, segment), of_body)
         parts.append(read[:2])
         logits.append(read[2] if len(read) > 2 else None)
     own, own_lse = prefill_attention(
@@ -49,13 +51,14 @@ def read_cache(cache: LayerCache, tokens: Tokens) -> tuple[Array, LayerCache, Ar
     return output, observed, own_stats
 
 
-def chosen_pages(cache: LayerCache, segment: Part, rows: Array, tokens: int) -> Pages | None:
-    """The pages of the body that a decoded token reads, where the method selects; None is all."""
+def _choose(cache: LayerCache, tokens: Tokens) -> tuple[Chosen | None, LayerCache]:
+    """What the tokens read of the body, where the method selects (None is all); the cache with what the index saw."""
     page = cache.method.selector.page
-    if page is None or segment is not cache.body or tokens > 1:
-        return None
-    valid = segment.valid.reshape(*segment.valid.shape[:2], -1, page)
-    return cache.method.selector.choose(cache.index, rows.astype(jnp.float32), valid)
+    if page is None or cache.body is None:
+        return None, cache
+    valid = cache.body.valid.reshape(*cache.body.valid.shape[:2], -1, page)
+    chosen, index = cache.method.selector.choose(cache.index, tokens, valid)
+    return chosen, dataclasses.replace(cache, index=index)
 
 
 def _rotate(cache: LayerCache, tokens: Tokens) -> tuple[Array, Array, list[Array | None]]:

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from kvjax.cache.codec import Codec
 from kvjax.cache.layout import CacheDims
 from kvjax.cache.policy.seen import Prompt
+from kvjax.cache.selector import Chosen
 from kvjax.cache.step import Step
 from kvjax.typing import Array, PyTree
 from pallas_kernels import RotatedLoader, cache_update, decode_attention
 from pallas_kernels.loader import Loader
-from pallas_kernels.pages import Pages
 from pallas_kernels.rows import Rows, each
 
 EMPTY = -1
@@ -128,28 +128,28 @@ class Segment:
         places: Array | None,
         query_positions: Array,
         logits: bool,
-        pages: Pages | None = None,
+        chosen: Chosen | None = None,
     ) -> tuple[Array, ...]:
         """As `pallas_kernels.decode_attention`, over the slots of this segment, or of some of its pages.
 
         Args:
           queries: [B, K, R, H], rotated. query_positions: int32 [B, R].
           places: int32 [B, K or 1, S], by which the keys are rotated, or None where they are stored rotated.
-          logits: whether to return those too.
+          logits: whether to return those too. chosen: what is read; None is everything.
         """
         keys = self.key_loader
         if places is not None and step.rope is not None:
             keys = RotatedLoader(keys, places, step.rope)
         windowed = step.window is not None
         valid, positions = self.valid, self.positions
-        if pages is not None:
-            valid, positions = pages.take(valid), pages.take(positions)
+        if chosen is not None:
+            valid, positions = chosen.valid(valid), chosen.pages.take(positions)
         return decode_attention(
             queries,
             keys,
             self.value_loader,
             valid=valid,
-            pages=pages,
+            pages=None if chosen is None else chosen.pages,
             positions=positions if windowed else None,
             query_positions=query_positions if windowed else None,
             window=step.window,
@@ -167,17 +167,21 @@ class Segment:
             value_params=self.value_codec.fitted(self.value_params, values, prompt),
         )
 
-    def fill(self, keys: Array, values: Array, positions: Array, stats: Array | None) -> Segment:
+    def fill(
+        self, keys: Array, values: Array, positions: Array, stats: Array | None, ahead: Array | None = None
+    ) -> Segment:
         """The first n slots replaced by n tokens; for a segment that is empty.
 
         keys, values [B, K, n, H]; positions int32 [B, K or 1, n] with -1 for tokens that do not exist; stats [B, K, n].
+        ahead: as positions, where there is a key; None is where there is a token.
         """
         n = positions.shape[-1]
         if n == 0:
             return self
         exists = (positions >= 0)[..., None]
+        has_key = exists if ahead is None else (ahead >= 0)[..., None]
         fresh = {
-            "keys": self.key_codec.encode(jnp.where(exists, keys, 0), self.key_params),
+            "keys": self.key_codec.encode(jnp.where(has_key, keys, 0), self.key_params),
             "values": self.value_codec.encode(jnp.where(exists, values, 0), self.value_params),
             "positions": jnp.broadcast_to(positions, (*self.positions.shape[:-1], n)),
             "stats": stats if self.stats is not None else None,
@@ -194,22 +198,27 @@ class Segment:
         return dataclasses.replace(self, **each(put, old, fresh))
 
     def write(
-        self, keys: Array, values: Array, positions: Array, stats: Array | None, block: Array, size: int
+        self, keys: Array | None, values: Array, positions: Array, stats: Array | None, block: Array, size: int
     ) -> Segment:
         """One block of `size` tokens written in place.
 
-        keys, values [B, K, size, H]; positions int32 [B, 1, size]; stats f32 [B, K, size] or None; block int32
-        [B, K or 1], which block of `size` slots to overwrite; M (one too many) writes nothing.
+        keys (None: they are there already), values [B, K, size, H]; positions int32 [B, 1, size]; stats f32
+        [B, K, size] or None; block int32 [B, K or 1], which block of `size` slots to overwrite; M (one too many)
+        writes nothing.
         """
         return dataclasses.replace(
             self,
-            keys=cache_update(self.keys, keys, block, encode=lambda x: self.key_codec.encode(x, self.key_params)),
+            keys=self.keys if keys is None else cache_update(self.keys, keys, block, encode=self.encoded_keys),
             values=cache_update(
                 self.values, values, block, encode=lambda x: self.value_codec.encode(x, self.value_params)
             ),
             positions=cache_update(self.positions, positions, block),
             stats=None if self.stats is None else cache_update(self.stats, stats, block),
         )
+
+    def encoded_keys(self, keys: Array) -> PyTree:
+        """Keys [B, K, n, H] as they are stored."""
+        return self.key_codec.encode(keys, self.key_params)
 
     def clear(self, block: Array, size: int) -> Segment:
         """Blocks of `size` slots marked as empty; block as in `write`."""

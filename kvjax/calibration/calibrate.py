@@ -14,6 +14,7 @@ from kvjax.calibration.factors import LowRankFactors
 from kvjax.calibration.finder import Finder, Task
 from kvjax.calibration.gates import Gates
 from kvjax.calibration.importance import Importance
+from kvjax.calibration.layer_bits import LayerBits
 from kvjax.calibration.lazy_layers import LazyLayers
 from kvjax.calibration.observe import model_dims
 from kvjax.calibration.prefix_shares import PrefixShares
@@ -32,11 +33,12 @@ FINDERS: tuple[Finder, ...] = (
     Gates(),
     LazyLayers(),
     PrefixShares(),
+    LayerBits(),
     Codebooks(),
     LowRankFactors(),
     Importance(),
 )
-"""Tables and shares first: what the others find may depend on them."""
+"""Tables, shares and bits first: what the others find may depend on them."""
 
 
 def calibrate(

@@ -67,7 +67,7 @@ def decode(
             valid=~done[:, None],
             logits_at=jnp.zeros_like(token),
         )
-        return DecodeState(dataclasses.replace(state.cache, layers=layers), logits[:, 0], done), tokens
+        return DecodeState(state.cache.stepped(layers), logits[:, 0], done), tokens
 
     tokens = jnp.full((state.done.shape[0], size), -1, jnp.int32)
     return jax.lax.fori_loop(0, steps, one, (state, tokens))

@@ -16,6 +16,8 @@ from kvjax.cache.method import CacheMethod
 from kvjax.cache.model_cache import ModelCache
 from kvjax.cache.plan import resolve
 from kvjax.engine.calibrated import Calibrated, Data, own_buffers, unpack
+from kvjax.engine.recorded import compress, record_prompt
+from kvjax.engine.repetition import repeat
 from kvjax.engine.request import as_count, as_stored_dtype
 from kvjax.errors import UsageError
 from kvjax.models.language_model import LanguageModel
@@ -111,6 +113,8 @@ def prefill(
     dims = tuple(cache_dims(model, len(prompts), length, length + reserve, dtype))
     method, data = unpack(method, model, dims)
     method = resolve(method, dims)
+    if method.repetition is not None:
+        return _prefill_repeated(model, method, dims, data, tokens, lengths)
     if method.prefill == "exact":
         rows = model.place_rows(tokens), model.place_rows(lengths)
         logits, cache = _prefill_exact(model.module, method, dims, model.mesh, model.rules, data, model.params, *rows)
@@ -152,6 +156,26 @@ def _empty_cache(
     return cache if mesh is None else shard_cache(cache, mesh, rules)
 
 
+def _prefill_repeated(
+    model: LanguageModel,
+    method: CacheMethod,
+    dims: tuple[CacheDims, ...],
+    data: Data | None,
+    tokens: NDArray[np.int32],
+    lengths: NDArray[np.int32],
+) -> Context:
+    """Holds the prompt of every layer, uncompressed, until the model has repeated it."""
+    assert method.repetition is not None
+    if model.mesh is not None:
+        raise UsageError(
+            f"method {method.name!r} has the model repeat the prompt from every layer's whole prompt, which is kept on "
+            "one device, but the model is spread over a mesh. Use the model without a mesh, or another method."
+        )
+    logits, prompt = record_prompt(model.module, model.params, tokens, lengths)
+    scores = repeat(model, prompt, tokens, lengths, method.repetition)
+    return Context(compress(method, dims, prompt, jnp.asarray(lengths), data=data, scores=scores), logits)
+
+
 @jax.jit(static_argnames=("module", "method", "dims", "mesh", "rules"))
 def _prefill_exact(
     module: Transformer,
@@ -167,7 +191,7 @@ def _prefill_exact(
     cache = _empty_cache(method, dims, mesh, rules, data, lengths)
     valid = jnp.arange(tokens.shape[1]) < lengths[:, None]
     logits, layers = module.apply({"params": params}, tokens, cache=cache.layers, valid=valid, logits_at=lengths - 1)
-    return logits[:, 0], dataclasses.replace(cache, layers=layers)
+    return logits[:, 0], cache.stepped(layers)
 
 
 @jax.jit(static_argnames=("module",), donate_argnames=("context",))
@@ -177,4 +201,4 @@ def _extend(module: Transformer, params: PyTree, context: Context, tokens: Array
     last = jnp.maximum(lengths - 1, 0)
     fresh, layers = module.apply({"params": params}, tokens, cache=context.cache.layers, valid=valid, logits_at=last)
     logits = jnp.where((lengths > 0)[:, None], fresh[:, 0], context.logits)
-    return Context(dataclasses.replace(context.cache, layers=layers), logits)
+    return Context(context.cache.stepped(layers), logits)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from types import MappingProxyType
@@ -13,10 +14,13 @@ from numpy.typing import NDArray
 
 from kvjax.cache.method import CacheMethod
 from kvjax.cache.model_cache import ModelCache
+from kvjax.cache.policy import Repetition
 from kvjax.cache.recorder import RecordedPrompt
 from kvjax.engine.calibrated import Calibrated, own_buffers
 from kvjax.engine.prefill import Context, pad
 from kvjax.engine.prefill import prefill as engine_prefill
+from kvjax.engine.recorded import compress, record_prompt
+from kvjax.engine.repetition import repeat
 from kvjax.errors import UsageError
 from kvjax.evaluation import program
 from kvjax.evaluation.setting import Setting
@@ -41,6 +45,8 @@ class Batch:
     ) -> None:
         self.model, self.setting, self.items, self._calibrated = model, setting, items, calibrated
         self._rows = [*items, *[items[-1]] * (setting.batch - len(items))]
+        self._scores: dict[Repetition, tuple[Array, ...]] = {}
+        self._scoring = threading.Lock()
 
     @property
     def streamed(self) -> bool:
@@ -54,14 +60,29 @@ class Batch:
 
     def record(self) -> tuple[Array, tuple[RecordedPrompt, ...], Array]:
         """One exact pass over the prompts: logits f32 [B, V], every layer's prompt, lengths int32 [B]."""
-        tokens, lengths = pad([item.prompt for item in self._rows], self.setting.prompt)
-        logits, prompt = program.record_prompt(self.model.module, self.model.params, tokens, lengths)
+        tokens, lengths = self._prompts
+        logits, prompt = record_prompt(self.model.module, self.model.params, tokens, lengths)
         return logits, prompt, jnp.asarray(lengths)
 
     @cached_property
     def recorded(self) -> tuple[Array, tuple[RecordedPrompt, ...], Array]:
         """`record`, once."""
         return self.record()
+
+    def repeat(self, repetition: Repetition) -> tuple[Array, ...]:
+        """A pass in which the model repeats the prompts that `recorded` holds: each layer's scores f32 [B, K, P]."""
+        return repeat(self.model, self.recorded[1], *self._prompts, repetition)
+
+    def repeated(self, repetition: Repetition) -> tuple[Array, ...]:
+        """`repeat`, once for all methods that ask for the same."""
+        with self._scoring:
+            if repetition not in self._scores:
+                self._scores[repetition] = self.repeat(repetition)
+            return self._scores[repetition]
+
+    @cached_property
+    def _prompts(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        return pad([item.prompt for item in self._rows], self.setting.prompt)
 
     def start(self, method: CacheMethod) -> Context:
         """The prompts in a cache of `method` (budget in tokens), with buffers of its own.
@@ -83,7 +104,9 @@ class Batch:
             return Context(dataclasses.replace(empty, layers=layers), logits)
         if method.prefill == "exact":
             logits, prompt, lengths = self.recorded
-            return Context(program.compress(method, dims, prompt, lengths, self.items[0].unread, data), logits)
+            scores = None if method.repetition is None else self.repeated(method.repetition)
+            unread = self.items[0].unread
+            return Context(compress(method, dims, prompt, lengths, unread=unread, data=data, scores=scores), logits)
         prompts = [item.prompt[: len(item.prompt) - item.unread].tolist() for item in self._rows]
         setting = self.setting
         whole = method if calibrated is None else dataclasses.replace(calibrated, method=method)

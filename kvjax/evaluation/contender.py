@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 
 from kvjax.cache import methods
-from kvjax.cache.budget import Budget, Uniform
+from kvjax.cache.budget import Uniform
 from kvjax.cache.layout import CacheDims
 from kvjax.cache.method import CacheMethod
 from kvjax.cache.plan import layer_bytes, resolve
@@ -48,7 +48,7 @@ class Contender:
         unpack(self.calibrated or method, model, dims)
         try:
             if self.follows(common):
-                method = dataclasses.replace(method, budget=common.budget(dims))
+                method = dataclasses.replace(method, budget=method.budget.sized_as(common.budget(dims)))
             method = resolve(method, dims)
             for layer in dims:
                 method.check(layer)
@@ -116,8 +116,8 @@ class CommonBudget:
         like = resolve(self.like, rows)
         return sum(layer_bytes(like, layer) for layer in rows)
 
-    def budget(self, dims: Sequence[CacheDims]) -> Budget:
-        """As a method's budget."""
+    def budget(self, dims: Sequence[CacheDims]) -> Uniform:
+        """As a method's budget, whose kind its own replaces."""
         return Uniform(tokens_kept=self.tokens, share=self.share, bytes_kept=self.row_bytes(dims))
 
 

@@ -49,8 +49,9 @@ class Cost:
       bits_per_element: bits of the stored keys and values, scales counted, per stored number.
       ratio: cache_bytes over those of a bf16 cache of every token's keys and values.
       tokens_held: tokens that a row holds after its prompt, mean over layers and heads.
-      prefill: one exact pass over the prompts (the same for all methods that compress at the prompt's end), and the
-        compression of every layer; of the whole batch.
+      prefill: one exact pass over the prompts (the same for all methods that compress at the prompt's end), the pass in
+        which the model repeats them (where a method asks for it), and the compression of every layer; of the whole
+        batch.
       decode: one decode step of the whole batch.
       note: that nothing was compressed where the method should; else empty.
     """
@@ -84,7 +85,11 @@ def measure(batch: Batch, method: CacheMethod, one_pass: Timing) -> Cost:
     cache = batch.start(method).cache
     check_bytes(cache)
     rows = batch.setting.batch
-    prefill = timed(lambda: batch.start(method))
+    prefill, repetition = timed(lambda: batch.start(method)), method.repetition
+    if method.prefill == "exact":
+        prefill = prefill.after(one_pass)
+    if repetition is not None:
+        prefill = prefill.after(timed(lambda: batch.repeat(repetition)))
     return Cost(
         layer_bytes=tuple(round(size / rows) for size in cache.layer_bytes),
         effective_bytes=round(cache.effective_bytes / rows),
@@ -92,7 +97,7 @@ def measure(batch: Batch, method: CacheMethod, one_pass: Timing) -> Cost:
         bits_per_element=_bits_per_element(cache),
         ratio=cache.nbytes / cache.full_bytes,
         tokens_held=_held(cache),
-        prefill=prefill.after(one_pass) if method.prefill == "exact" else prefill,
+        prefill=prefill,
         decode=_time_decode(batch, method),
         note=no_op(cache, method),
     )

@@ -1,7 +1,8 @@
 """The compiled programs of a comparison, few and shared: compiling is what a comparison of small models waits for.
 
-Whole-model programs: `record_prompt` (once for all methods), `feed` (once per method) and `record_steps` (for the
-reference). What else a method needs is compiled for one layer and serves every layer of the same shape.
+Whole-model programs: `kvjax.engine.recorded.record_prompt` (once for all methods), `feed` (once per method) and
+`record_steps` (for the reference). What else a method needs is compiled for one layer and serves every layer of the
+same shape.
 """
 
 from __future__ import annotations
@@ -13,63 +14,12 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from kvjax.cache.head_split import AnyLayer, empty_layer
-from kvjax.cache.layer_cache import NO_DATA, LayerData
+from kvjax.cache.head_split import AnyLayer
 from kvjax.cache.layout import CacheDims
-from kvjax.cache.method import CacheMethod
 from kvjax.cache.model_cache import ModelCache
-from kvjax.cache.recorder import PromptRecorder, RecordedPrompt, RecordedStep, StepRecorder
-from kvjax.engine.calibrated import Data
+from kvjax.cache.recorder import RecordedStep, StepRecorder
 from kvjax.models.transformer import Transformer
 from kvjax.typing import Array, PyTree
-
-
-@partial(jax.jit, static_argnames=("module",))
-def record_prompt(
-    module: Transformer, params: PyTree, tokens: Array, lengths: Array
-) -> tuple[Array, tuple[RecordedPrompt, ...]]:
-    """The exact pass over prompts int32 [B, P]: the logits after each row's last token f32 [B, V], and every layer's
-    prompt."""
-    empty = tuple(PromptRecorder(jnp.zeros_like(lengths)) for _ in range(module.config.num_layers))
-    valid = jnp.arange(tokens.shape[1]) < lengths[:, None]
-    logits, layers = module.apply({"params": params}, tokens, cache=empty, valid=valid, logits_at=lengths - 1)
-    return logits[:, 0], layers  # pyright: ignore[reportReturnType]
-
-
-def compress(
-    method: CacheMethod,
-    dims: tuple[CacheDims, ...],
-    prompt: tuple[RecordedPrompt, ...],
-    lengths: Array,
-    unread: int,
-    data: Data | None = None,
-) -> ModelCache:
-    """The cache that `method` makes of a recorded prompt, layer by layer; its budget must be in tokens.
-
-    Its last `unread` tokens are shown to the method, but left for the cache to be fed with.
-    """
-    layers = []
-    for layer_dims, recorded, learnt in zip(dims, prompt, data or (NO_DATA,) * len(dims), strict=True):
-        heads = layer_dims.layer * layer_dims.kv_heads + jnp.arange(layer_dims.kv_heads, dtype=jnp.int32)
-        here = method.for_layer(layer_dims)
-        layer = _compress_layer(here, _anonymous(layer_dims), recorded, lengths, heads, learnt, unread)
-        layers.append(dataclasses.replace(layer, dims=layer_dims))
-    # Steps donate the cache, so no buffer may be shared.
-    return ModelCache(tuple(layers), jnp.copy(lengths) - unread, method)
-
-
-@partial(jax.jit, static_argnames=("method", "dims", "unread"))
-def _compress_layer(
-    method: CacheMethod,
-    dims: CacheDims,
-    recorded: RecordedPrompt,
-    lengths: Array,
-    head_index: Array,
-    learnt: LayerData,
-    unread: int,
-) -> AnyLayer:
-    cache = empty_layer(method, dims, lengths, jax.tree.map(jnp.copy, learnt)).numbered(head_index)
-    return cache.absorb_prompt(recorded.step, recorded.log_sum_exp, unread)
 
 
 def _anonymous(dims: CacheDims) -> CacheDims:
@@ -108,9 +58,7 @@ def feed(
         at = jnp.zeros((batch,), jnp.int32)
         token = jnp.where(free[:, i], jnp.argmax(predicted[:, i], axis=-1), tokens[:, i]).astype(jnp.int32)[:, None]
         fresh, layers = module.apply({"params": params}, token, cache=cache.layers, valid=valid, logits_at=at)
-        return dataclasses.replace(cache, layers=layers), jax.lax.dynamic_update_slice_in_dim(
-            predicted, fresh, i + 1, 1
-        )
+        return cache.stepped(layers), jax.lax.dynamic_update_slice_in_dim(predicted, fresh, i + 1, 1)
 
     return jax.lax.fori_loop(0, steps, one, (cache, predicted))
 

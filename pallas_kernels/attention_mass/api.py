@@ -21,6 +21,7 @@ OP = Op(
 )
 
 Reduce = Literal["sum", "mean", "max"]
+Over = Literal["sum", "max"]
 
 
 def attention_mass(
@@ -38,10 +39,11 @@ def attention_mass(
     temperature: jax.Array | None = None,
     noise: GumbelNoise | None = None,
     reduce: Reduce = "sum",
+    over: Over = "sum",
     return_lse: bool = False,
     implementation: str | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
-    """The softmax probability that each key gets, summed over queries; never holds a T x S array.
+    """The softmax probability that each key gets, over all queries; never holds a T x S array.
 
     The probability of a key for one query is exp(logit - lse). A query sees the valid keys at its own position or
     before, less than `window` before. With the `lse` of attention over exactly those keys, the masses of one query
@@ -64,7 +66,8 @@ def attention_mass(
       softcap: logits become softcap * tanh(logits / softcap), or None.
       temperature: f32 [B, T] or [B, K, G, T], multiplies each query's logits, noise included; or None.
       noise: is added to the (capped) logits; or None.
-      reduce: how each query's G heads are joined, before the sum over queries (so that sums over time can be added up).
+      reduce: how each query's G heads are joined, before the queries are (so that sums over time can be added up).
+      over: how queries are joined: their sum, or the largest of them (KVzip: Kim et al., 2025, arXiv:2505.23416).
       return_lse: also return the lse that was computed; it merges with those of other keys, for a second call.
       implementation: 'pallas_tpu', 'xla' or 'reference'; None picks.
 
@@ -72,7 +75,7 @@ def attention_mass(
       f32 [B, K, S]; with `return_lse` also f32 [B, K, G, T], -inf where a query is invalid or sees no key.
 
     Raises:
-      ValueError: shapes do not agree, `reduce` is unknown, or `return_lse` with an `lse`.
+      ValueError: shapes do not agree, `reduce` or `over` is unknown, or `return_lse` with an `lse`.
       NotImplementedError: the named implementation cannot do this.
     """
     if q.ndim != 5 or k.ndim != 4 or k.shape[:2] != q.shape[:2] or k.shape[3] != q.shape[4]:
@@ -98,6 +101,8 @@ def attention_mass(
         raise ValueError(f"noise.head_index must be [K] = {q.shape[1:2]}; got {noise.head_index.shape}")
     if reduce not in get_args(Reduce):
         raise ValueError(f"reduce must be one of {', '.join(get_args(Reduce))}; got {reduce!r}")
+    if over not in get_args(Over):
+        raise ValueError(f"over must be one of {', '.join(get_args(Over))}; got {over!r}")
     return OP(
         q,
         k,
@@ -112,6 +117,7 @@ def attention_mass(
         temperature=temperature,
         noise=noise,
         reduce=reduce,
+        over=over,
         return_lse=return_lse,
         implementation=implementation,
     )

@@ -1,7 +1,7 @@
 """`attention_mass` for TPU as Pallas kernels: tiles with keys along rows and queries along lanes.
 
 So what belongs to a query (log-sum-exp, temperature, seeds, position) is a row of lanes as it is stored, and masses are
-sums over lanes, taken once per tile of keys. Without an `lse`, a first kernel computes it.
+sums (or maxima) over lanes, taken once per tile of keys. Without an `lse`, a first kernel computes it.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ def run(
     temperature: jax.Array | None = None,
     noise: GumbelNoise | None = None,
     reduce: str,
+    over: str = "sum",
     return_lse: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """See `api.attention_mass`.
@@ -43,7 +44,7 @@ def run(
       NotImplementedError: a dtype other than float32 and bfloat16, or mixed ones; G above 16; H above 256.
     """
     _check(q, k)
-    tiles = Tiles.of(q, k, window, scale, softcap, reduce)
+    tiles = Tiles.of(q, k, window, scale, softcap, reduce, over)
     operands = {"q": q, "k": k}
     if temperature is not None:
         factors = temperature[:, None, None] if temperature.ndim == 2 else temperature
@@ -146,6 +147,7 @@ def attention_mass_lse(tiles: Tiles, live: Any, clear: Any, refs: Mapping[str, A
 
 def attention_mass(tiles: Tiles, live: Any, clear: Any, refs: Mapping[str, Any]) -> None:
     """The mass of every key, tile of queries by tile of queries."""
+    over_queries, over_lanes = (jnp.maximum, jnp.max) if tiles.over == "max" else (jnp.add, jnp.sum)
 
     @pl.when(pl.program_id(3) == 0)
     def _() -> None:
@@ -162,11 +164,11 @@ def attention_mass(tiles: Tiles, live: Any, clear: Any, refs: Mapping[str, Any])
         mass = _over_heads(tiles, refs, masked, one, jnp.zeros((tiles.keys, tiles.queries), jnp.float32))
         if masked:
             mass = jnp.where(tiles.shows(refs["query_at"][...], key_at), mass, 0.0)
-        refs["acc"][...] += fold(mass)
+        refs["acc"][...] = over_queries(refs["acc"][...], fold(mass, over_queries))
 
     _either(add, live, clear, refs)
 
     @pl.when(pl.program_id(3) == pl.num_programs(3) - 1)
     def _() -> None:
-        mass = jnp.sum(refs["acc"][...].T, axis=0, keepdims=True)
+        mass = over_lanes(refs["acc"][...].T, axis=0, keepdims=True)
         refs["result"][...] = mass * (1.0 / tiles.groups) if tiles.reduce == "mean" else mass

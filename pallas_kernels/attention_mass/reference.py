@@ -1,4 +1,4 @@
-"""The definition of `attention_mass`: all probabilities at once, then their sum."""
+"""The definition of `attention_mass`: all probabilities at once, then their sum or maximum."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ def run(
     temperature: jax.Array | None = None,
     noise: GumbelNoise | None = None,
     reduce: str,
+    over: str = "sum",
     return_lse: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """See `api.attention_mass`."""
@@ -39,5 +40,6 @@ def run(
     safe = jnp.where(jnp.isneginf(lse), jnp.inf, lse)
     probabilities = jnp.where(mask[:, None, None], jnp.exp(logits - safe[..., None]), 0.0)
     over_group = {"sum": jnp.sum, "mean": jnp.mean, "max": jnp.max}[reduce]
-    mass = jnp.sum(over_group(probabilities, axis=2), axis=2)
+    over_queries = {"sum": jnp.sum, "max": jnp.max}[over]
+    mass = over_queries(over_group(probabilities, axis=2), axis=2)
     return (mass, lse) if return_lse else mass

@@ -35,6 +35,7 @@ class MassSpec:
     window: int | None = None
     softcap: float | None = None
     reduce: str = "sum"
+    over: str = "sum"
     lengths: tuple[int, ...] | None = None
     temperature: Literal["token", "head"] | None = None
     noise: bool = False
@@ -42,7 +43,7 @@ class MassSpec:
 
     @property
     def static(self) -> dict[str, Any]:
-        names = ("window", "softcap", "reduce")
+        names = ("window", "softcap", "reduce", "over")
         return {name: getattr(self, name) for name in names} | {"scale": self.head_dim**-0.5, "return_lse": self.own}
 
     def arrays(self, seed: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -87,6 +88,7 @@ SPECS = (
     MassSpec("ragged", 3, 1, 2, 130, 130, 64, lengths=(130, 0, 40), reduce="mean"),
     MassSpec("one", 1, 1, 1, 1, 1, 32),
     MassSpec("chunk_after_cache", 2, 2, 2, 37, 300, 64, offset=37, reduce="max"),
+    MassSpec("repetition", 2, 2, 2, 150, 190, 64, offset=60, lengths=(190, 90), reduce="max", over="max", own=True),
     MassSpec("window", 1, 2, 3, 200, 200, 32, window=31),
     MassSpec("softcap_bf16", 2, 1, 4, 96, 96, 128, dtype="bfloat16", softcap=4.0),
     MassSpec("keyformer", 2, 2, 2, 150, 150, 64, lengths=(150, 90), temperature="token", noise=True, own=True),

@@ -55,10 +55,11 @@ class Tiles:
     scale: float
     softcap: float | None
     reduce: str
+    over: str = "sum"
 
     @classmethod
     def of(
-        cls, q: jax.Array, k: jax.Array, window: int | None, scale: float, softcap: float | None, reduce: str
+        cls, q: jax.Array, k: jax.Array, window: int | None, scale: float, softcap: float | None, reduce: str, over: str
     ) -> Tiles:
         """For q [B, K, G, T, H] and k [B, K, S, H]; tiles are powers of two from 128 to `TOKENS`."""
         groups, tokens, dim = q.shape[2:]
@@ -67,7 +68,7 @@ class Tiles:
             max(LANES, 1 << (min(n, TOKENS) - 1).bit_length())
             for n in (min(tokens, 1 << fit.bit_length() - 1), k.shape[2])
         )
-        return cls(groups, dim, queries, keys, window, scale, softcap, reduce)
+        return cls(groups, dim, queries, keys, window, scale, softcap, reduce, over)
 
     def shows(self, query: Any, key: Any) -> Any:
         """Whether a query at one position sees a key at another."""

@@ -32,7 +32,7 @@ ACCELERATOR_CHUNK_BYTES = 1 << 24
 """The same for all lanes together on an accelerator: a third of an H100's second-level cache."""
 
 ACCELERATOR_SHARE = 8
-"""On an accelerator at most one part in so many is decoded at once, unless that is less than `ACCELERATOR_LEAST_BYTES`."""
+"""On an accelerator one part in so many at most is decoded at once, or `ACCELERATOR_LEAST_BYTES` if that is more."""
 
 ACCELERATOR_LEAST_BYTES = 1 << 20
 """To start a kernel takes as long as to read about so much."""

@@ -97,10 +97,12 @@ class OutlierLoader(Loader):
     def _spread(self) -> jax.Array:
         """f32 [..., S, H]: what the pairs of each slot add, by comparing; XLA on a CPU scatters number by number."""
         channels = jnp.arange(self.head_dim)
+        # All at once: C times the same few operations take long to compile.
+        index, value = (jnp.stack(parts) for parts in (self.index, self.value))
+        _, channel, own = self._place(index.astype(jnp.int32), value.astype(jnp.float32))
         out = jnp.zeros((), jnp.float32)
-        for index, value in zip(self.index, self.value, strict=True):
-            _, channel, own = self._place(index.astype(jnp.int32), value.astype(jnp.float32))
-            out = out + jnp.where(channel[..., None] == channels, own[..., None], 0.0)
+        for at, more in zip(channel, own, strict=True):
+            out = out + jnp.where(at[..., None] == channels, more[..., None], 0.0)
         return out
 
     def _pairs(self) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -113,9 +115,11 @@ class OutlierLoader(Loader):
 
     def _place(self, index: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Slots within their block, channels of the own head, and values; 0 for pairs of another head."""
+        width = self.head_dim * (1 if self.first is None else len(self.first))
+        # Division is a dozen operations, for each of C arrays; a block of one slot needs none.
+        within, channel = (jnp.zeros_like(index), index) if self.size == 1 else jnp.divmod(index, width)
         if self.first is None:
-            return *jnp.divmod(index, self.head_dim), value
-        within, channel = jnp.divmod(index, self.head_dim * len(self.first))
+            return within, channel, value
         channel = channel - self.first[:, None]
         mine = (channel >= 0) & (channel < self.head_dim)
         return within, jnp.where(mine, channel, 0), jnp.where(mine, value, 0.0)

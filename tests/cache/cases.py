@@ -44,7 +44,7 @@ from kvjax.cache.codec import (
     Rotated,
     Sketched,
 )
-from kvjax.cache.fate import Compensate, Demote, Drop, Fate, Represent
+from kvjax.cache.fate import Compensate, Demote, Drop, Fate, Merge, Represent
 from kvjax.cache.layout import CacheDims, ring_slots
 from kvjax.cache.method import CacheMethod
 from kvjax.cache.methods import parse
@@ -68,7 +68,7 @@ from kvjax.cache.policy import (
     Recency,
     Redundancy,
 )
-from kvjax.cache.selector import ReadAll, Selector, TopPages
+from kvjax.cache.selector import ProbedPages, ReadAll, Selector, TopPages
 
 POLICIES: dict[str, Policy] = {
     "recency": Recency(),
@@ -92,8 +92,6 @@ POLICIES: dict[str, Policy] = {
     "predicted": Predicted(hidden=8),
     "given": Given(),
 }
-# What comes with a prompt that the engine has prefilled, and no step of a layer can bring.
-NOT_DRIVEN = ("given",)
 CODECS: dict[str, Codec] = {
     "identity": Identity(),
     "int8": Integer(bits=8, axis="token", group=None, symmetric=False),
@@ -138,9 +136,14 @@ FATES: dict[str, Fate] = {
     "demote": Demote(keys=Integer(bits=2, group=16), values=Integer(bits=2, group=16)),
     "compensate": Compensate(),
     "represent": Represent(share=0.5),
+    "merge": Merge(following=4, seed=2),
 }
 
-SELECTORS: dict[str, Selector] = {"all": ReadAll(), "top-pages": TopPages(tokens=16, size=8)}
+SELECTORS: dict[str, Selector] = {
+    "all": ReadAll(),
+    "top-pages": TopPages(tokens=16, size=8),
+    "probed-pages": ProbedPages(tokens=16, size=8),
+}
 
 # Named methods at sizes that bite on 64 tokens; test_laws checks that none is missing.
 NAMED = (
@@ -162,9 +165,13 @@ NAMED = (
     "chunkkv:tokens=24,window=8,size=4",
     "criticalkv:tokens=24,window=8",
     "expected_attention:tokens=24",
+    "kvzip:tokens=24",
+    "kvzip:tokens=24,recent=4,together=false",
     "adakv:tokens=24,window=8",
     "mikv:tokens=24",
     "quest:tokens=32,page=8",
+    "actqkv:tokens=16,page=8,recent=8",
+    "cam:tokens=24,following=4",
     "kvcrush:tokens=24,window=8",
     "prefixkv:tokens=24",
     "razor:local=16",
@@ -172,6 +179,7 @@ NAMED = (
     "simlayerkv:recent=16",
     "kivi-4:residual=16,group=16",
     "kivi-2:residual=32",
+    "kivi_released:residual=16,group=8",
     "int8",
     "fp8",
     "int4",
@@ -212,6 +220,7 @@ COMPOSED = (
     "h2o:tokens=40,recent=0.25+int8_channel",
     "streaming_llm:tokens=40+kvquant-4",
     "snapkv:share=50%,window=8+think:recent=8,window=8",
+    "actqkv:tokens=16,page=16,recent=8,prefill=exact,probe=channels+kvquant-4:span=head",
 )
 
 
@@ -261,7 +270,6 @@ def _parts() -> dict[str, CacheMethod]:
             budget=Uniform(tokens_kept=24), policy=policy, sinks=2, recent=8, every=1 if policy.online else None
         )
         for name, policy in POLICIES.items()
-        if name not in NOT_DRIVEN
     }
     for name, fate in FATES.items():
         methods[f"fate-{name}"] = CacheMethod(
@@ -292,9 +300,9 @@ METHODS: dict[str, CacheMethod] = {
 }
 # Every part, and one named method of each kind, obeys the laws in the quick tests; the slow ones take them all.
 QUICK = re.compile(
-    r"(full|random|h2o|streaming_llm.*renumbered|snapkv|keydiff|tova|keyformer|rkv|adakv|mikv|quest|kvcrush|razor|kivi-4|int4|"
+    r"(full|random|h2o|streaming_llm.*renumbered|snapkv|keydiff|tova|keyformer|rkv|adakv|mikv|quest|actqkv|cam|kvcrush|razor|kivi-4|kivi_released|int4|"
     r"kvquant-4|turboquant-4|turboquant_prod-4|qjl|polarquant|int8_channel|think|cskv:window=16|kvzap|lagkv|"
-    r"expected_attention)(:[^+]*)?$|h2o:tokens=24.int4$|streaming-|every-|renumbered-|fate-|budget-|selector-top|"
+    r"expected_attention)(:[^+]*)?$|h2o:tokens=24.int4$|streaming-|every-|renumbered-|fate-|budget-|selector-(top|probed)|"
     r"policy-(recency|mass-max|observation$)|codec-(fixed|non-uniform-token|qjl-outliers)"
 )
 SLOW = {name for name in METHODS if not QUICK.match(name)} | {"cskv:window=16,bits=4"}

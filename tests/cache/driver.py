@@ -14,6 +14,7 @@ from kvjax.cache.head_split import AnyLayer, HeadSplit, empty_layer
 from kvjax.cache.layout import CacheDims
 from kvjax.cache.method import CacheMethod
 from kvjax.cache.pool import Part, Pool
+from kvjax.cache.prompt import attend_prompt
 from kvjax.cache.segment import Segment
 from kvjax.cache.step import Step
 from pallas_kernels.rope import Rope
@@ -216,6 +217,14 @@ def poisoned(cache: AnyLayer, value: jax.Array) -> AnyLayer:
     return dataclasses.replace(cache, pool=pool, **spoiled)
 
 
+def begin(cache: AnyLayer, step: Step) -> tuple[jax.Array, AnyLayer]:
+    """The first step. A policy whose scores the engine would bring gets each token's first channel of its key."""
+    if cache.method.repetition is None:
+        return cache.step(step)
+    output, log_sum_exp = attend_prompt(step)
+    return output, cache.absorb_prompt(step, log_sum_exp, scores=step.keys[..., 0].swapaxes(1, 2))
+
+
 def prefill(
     setup: Setup, cache: AnyLayer, arrays: Sequence[jax.Array], lengths: jax.Array
 ) -> tuple[jax.Array, AnyLayer]:
@@ -226,14 +235,15 @@ def prefill(
     arrays = [jnp.pad(x, [(0, 0), (0, count * chunk - tokens), (0, 0), (0, 0)]) for x in arrays]
     chunks = [x.reshape(x.shape[0], count, chunk, *x.shape[2:]).swapaxes(0, 1) for x in arrays]
 
+    def part(cache: AnyLayer, start: jax.Array, *parts: jax.Array) -> Step:
+        return step_of(setup, parts, cache.length, start + jnp.arange(chunk) < lengths[:, None])
+
     def advance(cache: AnyLayer, args: tuple) -> tuple[AnyLayer, jax.Array]:
-        start, *parts = args
-        valid = start + jnp.arange(chunk) < lengths[:, None]
-        output, cache = cache.step(step_of(setup, parts, cache.length, valid))
+        output, cache = cache.step(part(cache, *args))
         return cache, output
 
     starts = jnp.arange(count) * chunk
-    cache, first = advance(cache, (starts[0], *(x[0] for x in chunks)))
+    first, cache = begin(cache, part(cache, starts[0], *(x[0] for x in chunks)))
     outputs = first[None]
     if count > 1:
         cache, others = jax.lax.scan(advance, cache, (starts[1:], *(x[1:] for x in chunks)))

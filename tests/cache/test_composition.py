@@ -17,7 +17,7 @@ from kvjax.cache.layer_cache import blank_data
 from kvjax.cache.method import CacheMethod
 from kvjax.cache.plan import layer_bytes
 from kvjax.errors import UsageError
-from tests.cache.cases import BUDGETS, CODECS, FATES, NOT_DRIVEN, POLICIES, SELECTORS
+from tests.cache.cases import BUDGETS, CODECS, FATES, POLICIES, SELECTORS
 from tests.cache.driver import Inputs, Run, Setup, dims_of, draw, run
 
 LENGTHS = (64, 45, 17)
@@ -38,7 +38,7 @@ def drawn(seed: int) -> CacheMethod:
         return parts[choose.choice(sorted(parts))]
 
     while True:
-        policy = one({name: policy for name, policy in POLICIES.items() if name not in NOT_DRIVEN})
+        policy = one(POLICIES)
         budget = one({name: budget for name, budget in BUDGETS.items() if name != "full"})
         keys, values, fate, selector = (one(parts) for parts in (CODECS, CODECS, FATES, SELECTORS))
         block = math.lcm(*(codec.block for codec in (keys, values, *fate.codecs)))

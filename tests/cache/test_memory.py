@@ -28,6 +28,8 @@ STORED = (
     "full",
     "int8",
     "kivi-2",
+    "kivi_released",
+    "actqkv",
     "snapkv:share=50%+int4",
     "h2o:share=50%",
     "h2o:share=50%+kivi-2",

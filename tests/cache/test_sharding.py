@@ -33,6 +33,8 @@ NAMES = (
     "keydiff:tokens=24",
     "int8_channel",
     "selector-top-pages",
+    "selector-probed-pages",
+    "kivi_released:residual=16,group=8",
     "kvquant-2:span=head",
 )
 SLOW = ("random:tokens=24", "streaming-prefill-random", "keydiff:tokens=24", "kvquant-2:span=head")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from types import SimpleNamespace
 
 import jax
@@ -12,8 +13,9 @@ import pytest
 
 import kvjax
 from experiments import calibrate as command
-from kvjax.cache.codec import Identity, Integer, LowRank
+from kvjax.cache.codec import ByLayer, Identity, Integer, LowRank
 from kvjax.cache.codec.kmeans import fit_non_uniform
+from kvjax.cache.method import CacheMethod
 from kvjax.cache.methods import parse
 from kvjax.cache.policy.predicted import predict
 from kvjax.calibration.codebooks import Codebooks, collect
@@ -21,6 +23,7 @@ from kvjax.calibration.factors import LowRankFactors, projection
 from kvjax.calibration.finder import Task
 from kvjax.calibration.gates import Gates
 from kvjax.calibration.importance import Importance, _inputs_and_targets
+from kvjax.calibration.layer_bits import BITS, PAIRS, LayerBits, Losses
 from kvjax.calibration.observe import Pair, _Shifted, observe, sensitivities
 from kvjax.calibration.retrieval_heads import RetrievalHeads
 from kvjax.calibration.samples import Samples
@@ -188,6 +191,49 @@ def test_tables_and_shares(model, text, spec):
     assert kvjax.generate(model, text[:300], found, max_new_tokens=3).tokens[0]
 
 
+BY_CHANNEL = CacheMethod(
+    name="by channel",
+    keys=ByLayer((Integer(8, "channel", 16), Integer(4, "channel", 16))),
+    values=ByLayer((Integer(4, "token", 8), Integer(2, "token", 8))),
+    recent=16,
+)
+
+
+@pytest.mark.parametrize("method", [parse("kvtuner:table=k8v4-k4v2,mode=token"), BY_CHANNEL], ids=["token", "channel"])
+def test_bits_of_each_layer_are_the_best_for_what_they_take(model, text, samples, method, tmp_path):
+    """The errors are those of the samples' outputs; the table found loses no more than any other of its bits."""
+    found = calibrate(model, method, text)
+    bits = [tuple(codec.bits for codec in pair) for pair in zip(*(c.codecs for c in found.method.codecs), strict=True)]
+    assert len(bits) == 2 and np.mean(bits) <= 4.5
+    assert dataclasses.replace(found.method, keys=method.keys, values=method.values) == method
+    kinds = {(codec.axis, codec.group) for codec in found.method.keys.codecs}
+    assert kinds == {(codec.axis, codec.group) for codec in method.keys.codecs}
+    look = Losses(*(tuple(dataclasses.replace(c.codecs[0], bits=b) for b in BITS) for c in method.codecs))
+    sums = [np.asarray(layer).sum(0) for layer in observe(model, look, samples.tokens, samples.lengths)]
+    errors = [np.sqrt(layer[1:] / layer[0]).reshape(3, 3) for layer in sums]
+
+    def lost(table):
+        return sum(e[BITS.index(k), BITS.index(v)] for e, (k, v) in zip(errors, table, strict=True))
+
+    tables = [pair for pair in itertools.product(PAIRS, repeat=2) if np.mean(pair) <= 4.5]
+    assert lost(bits) <= min(map(lost, tables)) * (1 + 1e-5) < lost([(8, 4), (4, 2)]) * (1 + 1e-5)
+    fewer = calibrate(model, method, text, finders=[LayerBits(mean_bits=2.0)])
+    assert all(codec.bits == 2 for table in fewer.method.codecs for codec in table.codecs)
+    found.save(tmp_path / "bits.safetensors")
+    assert kvjax.load_calibration(tmp_path / "bits.safetensors").method == found.method
+    assert kvjax.generate(model, text[:300], found, max_new_tokens=3).tokens[0]
+
+
+def test_errors_of_a_layer_know_no_padding_and_no_other_rows(model, samples):
+    """A shorter row changes the same alone, and no more than its own tokens do."""
+    keys, values = (Integer(2, "channel", 32),), (Integer(2, "token", 8),)
+    lengths = np.array([LENGTH, 50], np.int32)
+    both = observe(model, Losses(keys, values), samples.tokens[:2], lengths)[1]
+    alone = observe(model, Losses(keys, values), samples.tokens[1:2, :64], lengths[1:])[1]
+    np.testing.assert_allclose(both[1], alone[0], rtol=1e-4)
+    assert both[0, 1] > 0
+
+
 def test_gates_fall_where_they_cost_nothing(model, samples):
     """A head whose window holds everything is the same with and without its gate: only the pressure acts."""
     task = Task(model, parse("duo_attention:recent=16,sinks=4"), samples, 1, 0, silent)
@@ -219,6 +265,13 @@ def test_what_cannot_be_calibrated(model, text):
         calibrate(model, "prefixkv:tokens=512", text)
     with pytest.raises(UsageError, match="no longer"):
         calibrate(model, "duo_attention", text)
+    with pytest.raises(UsageError, match="the limit is 1"):
+        calibrate(model, BY_CHANNEL, text, finders=[LayerBits(mean_bits=1.0)])
+    with pytest.raises(UsageError, match="not divisible by group 32"):
+        calibrate(model, "kvtuner", text)
+    mixed = CacheMethod(keys=ByLayer((Integer(8), Integer(4, group=8))), values=ByLayer((Integer(4),)))
+    with pytest.raises(UsageError, match="differ between layers in nothing else"):
+        calibrate(model, mixed, text)
 
 
 def test_the_command(model, tmp_path, monkeypatch, capsys):

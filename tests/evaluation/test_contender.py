@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from kvjax.cache import methods
@@ -69,6 +71,16 @@ def test_a_common_budget_binds_only_methods_that_evict_and_have_none_of_their_ow
     assert named("snapkv:share=50%+int4").fit(common, model, SETTING).budget == Uniform(share=0.5)
     assert named("snapkv+int4").fit(common, model, SETTING).budget == Uniform(tokens_kept=100)
     assert named("int4").fit(common, model, SETTING) == methods.parse("int4")
+
+
+@pytest.mark.parametrize("spec", ["pyramidkv:window=16", "adakv:window=16", "kvzip", "prefixkv"])
+def test_a_common_budget_is_spread_as_the_method_spreads_its_own(model, spec):
+    own = named(spec).method.budget
+    for common in (CommonBudget(tokens=100), CommonBudget(like=methods.parse("int8"))):
+        fitted = named(spec).fit(common, model, SETTING).budget
+        assert type(fitted) is type(own) is not Uniform
+        assert dataclasses.replace(fitted, tokens_kept=None, share=own.share) == own
+    assert named("razor").fit(CommonBudget(tokens=400), model, SETTING).budget == Uniform(tokens_kept=400)
 
 
 @pytest.mark.parametrize("like", ["int4", "int8", "kivi-2:residual=32"])

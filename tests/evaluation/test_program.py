@@ -23,7 +23,7 @@ def ragged(model, setting, source) -> Batch:
     return Batch(model, setting, [items[0], Item(items[1].prompt[:70], items[1].follow, items[1].graded)])
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", [*SPECS, "kvzip:tokens=40,together=false"])
 def test_a_recorded_prompt_is_the_prefill_of_every_method(model, setting, source, spec):
     batch = ragged(model, setting, source)
     method = resolve(methods.parse(spec), setting.dims(model))

@@ -36,6 +36,7 @@ COVER = [
             head_dim=(64, 256),
             groups=(1, 3, 16),
             reduce=("sum", "mean", "max"),
+            over=("sum", "max"),
             temperature=(None, "head"),
             dtype=("float32", "bfloat16"),
             window=(None, 50),
@@ -130,6 +131,7 @@ def test_it_says_what_it_does_not_take(spec: MassSpec, reason: str) -> None:
         ("noise", GumbelNoise(jnp.zeros(2, jnp.uint32), jnp.arange(3)), "head_index must be"),
         ("return_lse", True, "return_lse"),
         ("reduce", "min", "reduce must be one of"),
+        ("over", "mean", "over must be one of"),
         ("key_valid", jnp.ones((1, 5), bool), "key_valid must be"),
     ],
 )

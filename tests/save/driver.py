@@ -20,7 +20,7 @@ from kvjax.cache.step import Step
 from pallas_kernels.rope import Rope
 from tests.cache.calibrated import data_of
 from tests.cache.cases import NAMED
-from tests.cache.driver import output_projection
+from tests.cache.driver import begin, output_projection
 
 # One of each way to store and to evict; the slow tests take every named method.
 CORE = re.compile(
@@ -81,7 +81,7 @@ def run_steps(cache, steps: Step):
     return outputs, cache
 
 
-_prefill = jax.jit(lambda cache, step: cache.step(step), compiler_options=FAST_COMPILE)
+_prefill = jax.jit(begin, compiler_options=FAST_COMPILE)
 _decode = jax.jit(run_steps, compiler_options=FAST_COMPILE)
 
 

@@ -12,6 +12,7 @@ from kvjax.cache.describe import PARTS, from_json, register, to_json
 from kvjax.cache.layout import CacheDims
 from kvjax.cache.method import CacheMethod
 from kvjax.cache.methods import parse
+from kvjax.cache.policy import Repetition
 from kvjax.errors import UsageError
 from tests.cache.cases import METHODS, covered
 from tests.cache.cases import PARTS as SAMPLES
@@ -27,10 +28,10 @@ def test_every_method_comes_back(method: CacheMethod) -> None:
 
 def test_every_exported_part_comes_back() -> None:
     samples = [sample for _, _, parts in SAMPLES for sample in parts.values()]
-    for part in (*samples, CacheDims(1, 2, 4, 8, 32, 16, window=5)):
+    for part in (*samples, CacheDims(1, 2, 4, 8, 32, 16, window=5), Repetition(chunk=7)):
         assert from_json(json.loads(json.dumps(to_json(part))), type(part)) == part
     known = set().union(*(covered(parts) for _, _, parts in SAMPLES))
-    assert known | {"CacheMethod", "CacheDims"} == PARTS.keys()
+    assert known | {"CacheMethod", "CacheDims", "Repetition"} == PARTS.keys()
 
 
 def changed(**fields: object) -> dict:

@@ -64,6 +64,10 @@ class Budget(abc.ABC):
         """The same kind of budget, with `tokens` per layer and head on average."""
         return self
 
+    def sized_as(self, other: Sized) -> Budget:
+        """The same kind of budget in the size of `other`; where it has no one size, as a table, `other` itself."""
+        return other
+
 
 @dataclasses.dataclass(frozen=True)
 class Full(Budget):
@@ -138,6 +142,9 @@ class Sized(Budget):
 
     def with_tokens(self, tokens: int) -> Self:
         return dataclasses.replace(self, tokens_kept=tokens, share=None, bytes_kept=None)
+
+    def sized_as(self, other: Sized) -> Self:
+        return dataclasses.replace(self, tokens_kept=other.tokens_kept, share=other.share, bytes_kept=other.bytes_kept)
 
     @abc.abstractmethod
     def _here(self, mean: Number) -> Number:

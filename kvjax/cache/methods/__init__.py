@@ -11,15 +11,29 @@ from kvjax.cache.methods.keys_only import keydiff, knorm, lagkv
 from kvjax.cache.methods.language import combine, parse
 from kvjax.cache.methods.named import METHODS
 from kvjax.cache.methods.prompt_end import chunkkv, criticalkv, expected_attention, pyramidkv, snapkv
-from kvjax.cache.methods.quantisation import fp8, int2, int3, int4, int8, integer, kivi, kivi_2, kivi_4
+from kvjax.cache.methods.quantisation import fp8, int2, int3, int4, int8, integer, kivi, kivi_2, kivi_4, kivi_released
+from kvjax.cache.methods.repetition import kvzip
 from kvjax.cache.methods.size import DEFAULT_SHARE
-from kvjax.cache.methods.structured import adakv, duo_attention, kvcrush, mikv, prefixkv, quest, razor, simlayerkv
+from kvjax.cache.methods.structured import (
+    actqkv,
+    adakv,
+    cam,
+    duo_attention,
+    kvcrush,
+    mikv,
+    prefixkv,
+    quest,
+    razor,
+    simlayerkv,
+)
 from kvjax.cache.methods.while_decoding import h2o, keyformer, keyformer_released, kvzap, rkv, tova
 
 __all__ = [
     "DEFAULT_SHARE",
     "METHODS",
+    "actqkv",
     "adakv",
+    "cam",
     "chunkkv",
     "combine",
     "criticalkv",
@@ -42,11 +56,13 @@ __all__ = [
     "kivi",
     "kivi_2",
     "kivi_4",
+    "kivi_released",
     "knorm",
     "kvcrush",
     "kvquant",
     "kvtuner",
     "kvzap",
+    "kvzip",
     "lagkv",
     "mikv",
     "parse",

@@ -76,8 +76,9 @@ def kvtuner(table: str = "k8v4-k8v4-k4v2", mode: Literal["kivi", "token"] = "kiv
     2502.04420). Cached: keys after rotary embedding and values with scale and zero point. Mode 'kivi': keys per channel
     over 32 tokens, values per token over 32 channels, 32 recent tokens exact, 1 bit per element for scales; 'token':
     both per token, nothing exact. `table` has the bits of each layer's keys and values, the last entry also for all
-    layers that follow; `kvjax.calibration.layer_bits` finds one for a model. The default is the paper's rule of thumb:
-    keys of twice the bits of values, and more of both in the first layers.
+    layers that follow; `kvjax calibrate` finds one for a model. The default is the paper's rule of thumb: keys of twice
+    the bits of values, and more of both in the first layers. The paper searches for the accuracy of answers; here the
+    sum of the layers' errors is made least, within a mean of bits.
     """
     bits = [_pair(entry) for entry in table.split("-")]
     axis, group = ("channel", 32) if mode == "kivi" else ("token", None)

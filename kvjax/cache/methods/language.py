@@ -51,6 +51,7 @@ def combine(first: CacheMethod, second: CacheMethod) -> CacheMethod:
         "keys": codec.keys,
         "values": codec.values,
         "rotate": codec.rotate,
+        "flush": codec.flush,
         "sinks": max(base.sinks, other.sinks),
         "name": name,
     }

@@ -12,6 +12,7 @@ from kvjax.cache.methods import (
     keys_only,
     prompt_end,
     quantisation,
+    repetition,
     structured,
     while_decoding,
 )
@@ -21,6 +22,7 @@ METHODS: dict[str, Callable[..., CacheMethod]] = {
     **while_decoding.NAMED,
     **prompt_end.NAMED,
     **keys_only.NAMED,
+    **repetition.NAMED,
     **structured.NAMED,
     **quantisation.NAMED,
     **codebook.NAMED,

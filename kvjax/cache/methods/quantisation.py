@@ -24,6 +24,26 @@ def kivi(bits: Literal[8, 4, 3, 2] = 2, group: int = 32, residual: int = 128) ->
     )
 
 
+def kivi_released(bits: Literal[8, 4, 3, 2] = 2, group: int = 32, residual: int = 128) -> CacheMethod:
+    """KIVI, its keys coded `residual` tokens at a time and its values one by one.
+
+    Paper: Liu et al., 2024, "KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache" (arXiv 2402.02750), as
+    released. Cached: keys after rotary embedding per channel over `group` tokens, values per token over `group`
+    channels, `bits` + 32 / group bits per element. Keys are exact until there are `residual` of them, then all of
+    these are coded: 0 to residual - 1 exact ones stay, T mod `residual`. The newest `residual` values are always
+    exact. Defaults are the release's. Differences: scale and zero point are bfloat16, not float16; the window has
+    `residual` exact places for keys too, what the release's tail needs at its longest. With `kivi-2` and `kivi-4` keys
+    and values leave the window together.
+    """
+    return CacheMethod(
+        name="kivi_released",
+        keys=Integer(bits=bits, axis="channel", group=group),
+        values=Integer(bits=bits, axis="token", group=group),
+        recent=residual,
+        flush="keys first",
+    )
+
+
 def integer(bits: Literal[8, 4, 3, 2] = 8, group: int | None = None, symmetric: bool = False) -> CacheMethod:
     """Every token in integers, per token and head (or per `group` channels), nothing exact but the current token.
 
@@ -73,6 +93,7 @@ int8.__doc__ = int4.__doc__ = int3.__doc__ = int2.__doc__ = integer.__doc__
 NAMED: dict[str, Callable[..., CacheMethod]] = {
     "kivi-4": kivi_4,
     "kivi-2": kivi_2,
+    "kivi_released": kivi_released,
     "int8": int8,
     "fp8": fp8,
     "int4": int4,

@@ -6,12 +6,13 @@ from collections.abc import Callable
 
 from kvjax.cache.budget import AdaptiveHeads, Full, HeadTable, LayerTable, Prefix, Uniform
 from kvjax.cache.codec import Balanced, Integer
-from kvjax.cache.fate import Compensate, Demote, Represent
+from kvjax.cache.fate import Compensate, Demote, Merge, Represent
 from kvjax.cache.fate.represent import Anchor
-from kvjax.cache.method import CacheMethod
+from kvjax.cache.method import CacheMethod, Prefill
 from kvjax.cache.methods.size import size, uniform
 from kvjax.cache.policy import AttentionMass, Observation, Recency
-from kvjax.cache.selector import TopPages
+from kvjax.cache.selector import ProbedPages, TopPages
+from kvjax.cache.selector.probed_pages import Cutoff, Probe
 
 
 def adakv(
@@ -59,6 +60,35 @@ def mikv(
         policy=AttentionMass(),
         fate=Demote(keys=Balanced(codec) if balance else codec, values=codec),
         recent=0.5,
+        every=1,
+    )
+
+
+def cam(
+    tokens: int | None = None,
+    share: float | None = None,
+    bytes: int | None = None,
+    following: int = 32,
+    recent: float = 0.5,
+    seed: int = 0,
+) -> CacheMethod:
+    """H2O, but the value of an evicted token may live on, merged into those of the tokens that follow it.
+
+    Paper: Zhang et al., 2024, "CaM: Cache Merging for Memory-efficient LLMs Inference" (ICML 2024). Cached: keys after
+    rotary embedding and values, 16 bits per element, and the attention that each token has received. With probability
+    min(1, its attention / the mean attention of the next `following` kept tokens) its value, divided by their number,
+    is added to each of theirs; its key is forgotten. 32 is the release's. Not verified against the paper: the mean over
+    the tokens that are merged into is that of a later public implementation; the release takes the one over sinks and
+    recent window, and merges a token when it leaves that window, for each query head. Here the loser is H2O's, and what
+    is merged at the end of a prompt goes to tokens that stay, at once. Goes on top of other policies that sum
+    attention, and at the end of a prompt of any: CacheMethod(..., fate=Merge()).
+    """
+    return CacheMethod(
+        name="cam",
+        budget=uniform(tokens, share, bytes),
+        policy=AttentionMass(),
+        fate=Merge(following=following, seed=seed),
+        recent=recent,
         every=1,
     )
 
@@ -176,13 +206,40 @@ def quest(tokens: int = 1024, page: int = 16) -> CacheMethod:
     return CacheMethod(name="quest", selector=TopPages(tokens=tokens, size=page))
 
 
+def actqkv(
+    tokens: int = 2048,
+    page: int = 128,
+    probe: Probe = "norm",
+    cutoff: Cutoff = "density",
+    recent: int = 512,
+    sinks: int = 4,
+    prefill: Prefill = "streaming",
+) -> CacheMethod:
+    """Everything is kept, and a window of tokens reads the pages that its probe query finds, fewer in dense layers.
+
+    Paper: Xiao et al., 2025, "Activation-aware Probe-Query: Effective Key-Value Retrieval for Long-Context LLMs
+    Inference" (arXiv 2502.13542); a reconstruction from its abstract and summaries, see `kvjax.cache.selector.
+    ProbedPages`: no code is public, and the equations are not verified. Cached: all keys after rotary embedding and
+    all values, 16 bits per element, and the sum of the keys of each page in float32 (2 / page of the keys' bytes). What
+    is saved is reading, not memory: sinks, recent window and, on average over layers, `tokens` slots. 2048 is the
+    budget of the summaries; pages, window and sinks are this library's choice (pages as in InfLLM). A window is a
+    chunk of a streaming prefill, a question, or a decoded token (which is its own probe); with prefill='exact' the
+    prompt attends to all of itself. `probe=mean` is the mean-pooled query, `cutoff=uniform` the same number in all
+    layers.
+    """
+    selector = ProbedPages(tokens=tokens, size=page, probe=probe, cutoff=cutoff)
+    return CacheMethod(name="actqkv", selector=selector, recent=recent, sinks=sinks, prefill=prefill)
+
+
 NAMED: dict[str, Callable[..., CacheMethod]] = {
     "adakv": adakv,
     "mikv": mikv,
+    "cam": cam,
     "kvcrush": kvcrush,
     "prefixkv": prefixkv,
     "razor": razor,
     "duo_attention": duo_attention,
     "simlayerkv": simlayerkv,
     "quest": quest,
+    "actqkv": actqkv,
 }

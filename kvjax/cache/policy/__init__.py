@@ -1,7 +1,7 @@
 """Which tokens keep a place."""
 
 from kvjax.cache.policy.attention_mass import AttentionMass
-from kvjax.cache.policy.base import Perturbed, Policy
+from kvjax.cache.policy.base import Perturbed, Policy, Repetition
 from kvjax.cache.policy.chunks import Chunks
 from kvjax.cache.policy.critical import Critical
 from kvjax.cache.policy.expected_attention import ExpectedAttention
@@ -41,6 +41,7 @@ __all__ = [
     "Random",
     "Recency",
     "Redundancy",
+    "Repetition",
     "Slots",
     "Tokens",
 ]

@@ -35,6 +35,28 @@ class Perturbed:
 
 
 @dataclasses.dataclass(frozen=True)
+class Repetition:
+    """A pass over the model after the prompt's own, in which it is asked to repeat the prompt, piece by piece.
+
+    The text is fed, not generated. A token's score is the largest attention probability that a query of its piece's
+    repetition pays it, over the queries of its kv head's group.
+
+    Attributes:
+      chunk: the most tokens of a piece, and no more than an eighth of the model's positions.
+      tail: how many of the tokens before a piece say where it starts.
+      sinks: the first tokens. With the piece and the repetition they are what probabilities are shared by.
+    """
+
+    chunk: int = 2048
+    tail: int = 8
+    sinks: int = 4
+
+    def __post_init__(self) -> None:
+        if self.chunk < 1 or self.tail < 0 or self.sinks < 0:
+            raise UsageError(f"Repetition: chunk is at least 1, tail and sinks at least 0; got {self}")
+
+
+@dataclasses.dataclass(frozen=True)
 class Policy(abc.ABC):
     """A score per token. Subclasses are final; a new one is one file.
 
@@ -51,6 +73,7 @@ class Policy(abc.ABC):
       forgets: whether the attention statistic holds each row's newest query's attention alone, not the sum over all.
       perturbs: whether attention is summed of another softmax than attention's own (`perturbed`).
       calibrated: whether its data are learnt beforehand, by `kvjax calibrate`.
+      repetition: the pass over the model that `Prompt.scores` come from, where the policy needs them; else None.
     """
 
     per_head: ClassVar[bool] = True
@@ -61,6 +84,7 @@ class Policy(abc.ABC):
     forgets: ClassVar[bool] = False
     perturbs: ClassVar[bool] = False
     calibrated: ClassVar[bool] = False
+    repetition: ClassVar[Repetition | None] = None
 
     @property
     def mass_reduce(self) -> GroupReduce | None:

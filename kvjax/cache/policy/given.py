@@ -1,11 +1,11 @@
-"""Keep what a pass of its own over the model has scored."""
+"""Keep what the model looks at when it repeats the prompt."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import ClassVar
 
-from kvjax.cache.policy.base import Policy
+from kvjax.cache.policy.base import Policy, Repetition
 from kvjax.cache.policy.seen import Prompt, Slots
 from kvjax.errors import UsageError
 from kvjax.typing import Array
@@ -13,13 +13,15 @@ from kvjax.typing import Array
 
 @dataclasses.dataclass(frozen=True)
 class Given(Policy):
-    """score = `Prompt.scores`.
+    """score = `Prompt.scores`, from a pass of the engine's (KVzip: Kim et al., 2025, arXiv 2505.23416).
 
-    KVzip (Kim et al., 2025, arXiv 2505.23416) makes them: the model, with the full cache, is asked to repeat the text,
-    chunk by chunk; a token's score is the largest attention that a query of the repetition pays it.
+    Attributes:
+      repetition: that pass.
     """
 
     online: ClassVar[bool] = False
+
+    repetition: Repetition = Repetition()  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def prompt_scores(self, prompt: Prompt) -> Array:
         if prompt.scores is None:

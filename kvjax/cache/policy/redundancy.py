@@ -12,8 +12,9 @@ from kvjax.cache.policy.base import Policy
 from kvjax.cache.policy.seen import Prompt, Slots, Tokens
 from kvjax.errors import UsageError
 from kvjax.typing import Array, PyTree
+from pallas_kernels.lanes import CACHE_BYTES, over_lanes
 
-BLOCK_ELEMENTS = 1 << 20  # of the similarities that exist at a time
+NOBODY = -1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,24 +110,43 @@ class Redundancy(Policy):
         return jnp.take_along_axis(pooled, jnp.argsort(order, axis=-1), axis=-1)
 
     def _similarity(self, keys: Array, positions: Array) -> Array:
-        """f32 [B, K, S]: each key's mean cosine to the others, as the class says; a block of S x S at a time."""
-        batch, heads, slots, width = keys.shape
+        """f32 [B, K, S]: each key's mean cosine to the others, as the class says.
+
+        The sum of a key's cosines to all others is one product; what is charged less is one pair per key.
+        """
         unit = keys / jnp.maximum(jnp.linalg.norm(keys, axis=-1, keepdims=True), 1e-8)
-        positions = jnp.broadcast_to(positions, (batch, heads, slots))
-        size = max(1, min(slots, BLOCK_ELEMENTS // (batch * heads * slots)))
-        more = -slots % size
-        rows = jnp.pad(unit, ((0, 0), (0, 0), (0, more), (0, 0))).reshape(batch, heads, -1, size, width)
-        own = jnp.pad(positions, ((0, 0), (0, 0), (0, more)), constant_values=-1).reshape(batch, heads, -1, size)
-
-        def add(total: Array, block: tuple[Array, Array]) -> tuple[Array, None]:
-            row, place = block
-            itself = place[..., None] == positions[:, :, None]  # an empty row's cosines are 0
-            cosine = jnp.where(itself, 0.0, jnp.einsum("bkrh,bksh->bkrs", row, unit))
-            alike = cosine > self.threshold
-            newest = jnp.max(positions[:, :, None], axis=-1, keepdims=True, where=alike, initial=-1)
-            charged = ~(alike & (positions[:, :, None] == newest))
-            return total + jnp.sum(cosine, axis=2, where=charged), None
-
-        blocks = (jnp.moveaxis(rows, 2, 0), jnp.moveaxis(own, 2, 0))
-        total, _ = jax.lax.scan(add, jnp.zeros((batch, heads, slots), jnp.float32), blocks)
+        order = jnp.broadcast_to(jnp.argsort(positions, axis=-1), keys.shape[:3])
+        exists = jnp.take_along_axis(jnp.broadcast_to(positions, order.shape), order, axis=-1) >= 0
+        age = jnp.where(exists, jnp.arange(order.shape[-1], dtype=jnp.int32), NOBODY)
+        age = jnp.put_along_axis(jnp.zeros_like(age), order, age, axis=-1, inplace=False)
+        newest = self._newest_alike(unit, age)
+        other = jnp.take_along_axis(order, jnp.maximum(newest, 0), axis=-1)
+        cosine = jnp.sum(unit * jnp.take_along_axis(unit, other[..., None], axis=2), axis=-1)
+        whole = jnp.sum(unit * (unit.sum(2, keepdims=True) - unit), axis=-1)
+        row, head = jnp.arange(order.shape[0])[:, None, None], jnp.arange(order.shape[1])[:, None]
+        total = whole.at[row, head, other].add(jnp.where(newest == NOBODY, 0.0, -cosine))
         return total / jnp.maximum((positions >= 0).sum(-1, keepdims=True), 1)
+
+    def _newest_alike(self, unit: Array, age: Array) -> Array:
+        """int32 [B, K, S]: the largest age among the keys that resemble each key, or NOBODY; never all S x S cosines.
+
+        unit f32 [B, K, S, H]; age int32 [B, K, S], different for all keys, NOBODY for slots without one.
+        """
+        batch, heads, slots, width = unit.shape
+        size = min(slots, max(8, CACHE_BYTES // (8 * slots)))
+
+        def of_lane(keys: Array, ages: Array) -> Array:
+            def block(own: tuple[Array, Array]) -> Array:
+                rows, row_ages = own
+                # Keys lead: a maximum over the leading axis is taken in whole vectors.
+                alike = (jnp.einsum("sh,rh->sr", keys, rows) > self.threshold) & (ages[:, None] != row_ages)
+                return jnp.max(jnp.where(alike, ages[:, None], NOBODY), axis=0)
+
+            more = -slots % size
+            rows = jnp.pad(keys, ((0, more), (0, 0))).reshape(-1, size, width)
+            row_ages = jnp.pad(ages, (0, more), constant_values=NOBODY).reshape(-1, size)
+            return jax.lax.map(block, (rows, row_ages)).reshape(-1)[:slots]
+
+        lanes = unit.reshape(-1, slots, width), age.reshape(-1, slots)
+        newest = over_lanes(jax.vmap(of_lane), lanes, CACHE_BYTES // (8 * slots * size))
+        return newest.reshape(batch, heads, slots)

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Literal
 
 from kvjax.cache.layout import CacheDims
-from kvjax.cache.policy.base import GroupReduce, Perturbed, Policy
+from kvjax.cache.policy.base import GroupReduce, Perturbed, Policy, Repetition
 from kvjax.cache.policy.seen import Prompt, Tokens
 from kvjax.typing import Array, PyTree
 
@@ -52,6 +52,10 @@ class Wrapper(Policy):
     @property
     def calibrated(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.inner.calibrated
+
+    @property
+    def repetition(self) -> Repetition | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.inner.repetition
 
     @property
     def mass_reduce(self) -> GroupReduce | None:

@@ -1,6 +1,7 @@
 """What a query reads of the body."""
 
-from kvjax.cache.selector.base import ReadAll, Selector
+from kvjax.cache.selector.base import Chosen, ReadAll, Selector
+from kvjax.cache.selector.probed_pages import ProbedPages
 from kvjax.cache.selector.top_pages import TopPages
 
-__all__ = ["ReadAll", "Selector", "TopPages"]
+__all__ = ["Chosen", "ProbedPages", "ReadAll", "Selector", "TopPages"]

@@ -4,18 +4,50 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+import jax
+import jax.numpy as jnp
 
 from kvjax.cache.layout import CacheDims
 from kvjax.typing import Array, PyTree
 from pallas_kernels.pages import Pages
 
+if TYPE_CHECKING:
+    from kvjax.cache.policy.seen import Tokens
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """What is read of a body.
+
+    Attributes:
+      pages: the pages, as many for all rows and heads.
+      read: bool [B, K or 1, n], which of them are; None is all.
+    """
+
+    pages: Pages
+    read: Array | None = None
+
+    def valid(self, valid: Array) -> Array:
+        """bool [B, K or 1, n · size]: which slots of the pages are read; valid bool [B, K or 1, S] of the body."""
+        there = self.pages.take(valid)
+        return there if self.read is None else there & jnp.repeat(self.read, self.pages.size, axis=-1)
+
 
 class Selector(abc.ABC):
-    """Which pages of the body a decoded token reads. Sinks, recent window and the token itself are always read.
+    """Which pages of the body new tokens read. Sinks, recent window and the tokens themselves are always read.
 
-    A selector saves reading, not memory: it keeps an `index` with something about every page, leaves [B, K, M, ...],
-    and the body stays as it is.
+    A selector saves reading, not memory: it keeps an `index` with something about every page, leaves [B, K, ...], and
+    the body stays as it is. The index may also hold what it remembers from one step to the next.
+
+    Class attributes:
+      rotated: whether its index is made of keys after rotary embedding, or of those before.
     """
+
+    rotated: ClassVar[bool] = True
 
     @property
     @abc.abstractmethod
@@ -30,18 +62,22 @@ class Selector(abc.ABC):
         """The index after keys have entered pages.
 
         Args:
-          keys: f32 [B, K, n, P, H], rotated, for n pages; valid: bool [B, K or 1, n, P], which of them there are.
+          keys: f32 [B, K, n, P, H] for n pages; valid: bool [B, K or 1, n, P], which of them there are.
           page: int32 [B, K or 1, n], the pages, none twice; numbers from M on are left out.
         """
         return index
 
-    def choose(self, index: PyTree, queries: Array, valid: Array) -> Pages | None:
-        """The pages that queries read, or None for all of them.
+    def choose(self, index: PyTree, tokens: Tokens, valid: Array) -> tuple[Chosen | None, PyTree]:
+        """What new tokens read of the body (None: all of it), and the index that has seen them.
 
         Args:
-          queries: f32 [B, K, R, H], rotated, of one token. valid: bool [B, K or 1, M, P], slots that hold tokens.
+          tokens: those of one step; right padding is not valid. valid: bool [B, K or 1, M, P], slots that hold tokens.
         """
-        return None
+        return None, index
+
+    def settled(self, indices: Sequence[PyTree]) -> Sequence[PyTree]:
+        """The indices of all layers after a step, where layers agree on how much each of them reads in the next."""
+        return indices
 
 
 @dataclasses.dataclass(frozen=True)

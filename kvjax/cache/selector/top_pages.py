@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.cache.layout import CacheDims
-from kvjax.cache.selector.base import Selector
+from kvjax.cache.policy.seen import Tokens
+from kvjax.cache.prompt import group_filled
+from kvjax.cache.selector.base import Chosen, Selector
 from kvjax.errors import UsageError
 from kvjax.typing import Array
 from pallas_kernels.pages import Pages
@@ -62,17 +64,19 @@ class TopPages(Selector):
         at = b, k, jnp.broadcast_to(page, low.shape[:3])
         return Bounds(index.low.at[at].min(low, mode="drop"), index.high.at[at].max(high, mode="drop"))
 
-    def choose(self, index: Bounds, queries: Array, valid: Array) -> Pages | None:
+    def choose(self, index: Bounds, tokens: Tokens, valid: Array) -> tuple[Chosen | None, Bounds]:
         number = self.tokens // self.size
         there = valid.any(-1)
-        if number >= there.shape[-1]:
-            return None
+        if number >= there.shape[-1] or tokens.valid.shape[1] > 1:
+            return None, index
+        queries = tokens.queries[:, :, :, 0].astype(jnp.float32)
         high, low = (x.astype(jnp.float32) for x in (index.high, index.low))
         up, down = jnp.maximum(queries, 0.0), jnp.minimum(queries, 0.0)
         bound = jnp.einsum("bkrh,bkmh->bkrm", up, high) + jnp.einsum("bkrh,bkmh->bkrm", down, low)
+        bound = jnp.where(group_filled(tokens.step)[..., None], bound, -jnp.inf)
         score = jnp.where(there, bound.max(2), -jnp.inf)
         number_of_page = jnp.arange(there.shape[-1], dtype=jnp.int32)
         last = jnp.max(jnp.where(there, number_of_page, -1), axis=-1, keepdims=True)
         score = jnp.where(number_of_page == last, jnp.inf, score)
         table = jax.lax.top_k(score, number)[1].astype(jnp.int32)
-        return Pages(jnp.sort(table, axis=-1), self.size)
+        return Chosen(Pages(jnp.sort(table, axis=-1), self.size)), index
