@@ -115,6 +115,7 @@ def samples() -> Parts:
             "Demote": fate.Demote(),
             "Compensate": fate.Compensate(),
             "Represent": fate.Represent(),
+            "Merge": fate.Merge(),
         },
     )
 

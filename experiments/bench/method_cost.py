@@ -154,7 +154,8 @@ def step_goal(method: CacheMethod) -> float | None:
         return STEP if method.budget.evicts else None
     bits = {codec.bits for codec in method.every_codec if isinstance(codec, Integer) and codec.axis == "token"}
     plain = all(isinstance(codec, Integer) and codec.axis == "token" for codec in method.every_codec)
-    return {(8,): STEP, (4,): STEP_OF_4_BITS}.get(tuple(bits)) if plain else None
+    goals: dict[tuple[int, ...], float] = {(8,): STEP, (4,): STEP_OF_4_BITS}
+    return goals.get(tuple(bits)) if plain else None
 
 
 class _Bench:
