@@ -12,6 +12,7 @@ import json
 import sys
 from pathlib import Path
 
+from experiments import wide_vectors
 from kvjax.errors import KvjaxError, UsageError
 
 
@@ -52,6 +53,7 @@ def main(config: Config) -> None:
     """
     if min(config.prompts, config.rounds) < 1:
         raise UsageError(f"--prompts and --rounds must be at least 1, not {config.prompts} and {config.rounds}")
+    wide_vectors.enable()
     from rich.console import Console
 
     from experiments import record

@@ -36,6 +36,8 @@ SETTINGS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "kvtuner": ("kvtuner", "kvtuner:table=k4v2"),
         "polarquant_pairs": ("polarquant_pairs", "polarquant_pairs:value_bits=4"),
         "quest": ("quest:tokens=256",),
+        "actqkv": ("actqkv:tokens=256,page=16,recent=64",),
+        "kivi_released": ("kivi_released:residual=32",),
     }
 )
 

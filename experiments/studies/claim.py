@@ -122,7 +122,7 @@ def prediction(claim: Claim) -> str:
         return claim.predicted
     other = "lower" if claim.predicted == "higher" else "higher"
     amount = {
-        "score": f"{100 * claim.margin:.0f} points",
+        "score": f"{100 * claim.margin:.0f} point{'' if claim.margin == 0.01 else 's'}",
         "perplexity": f"{100 * math.expm1(claim.margin):.2g} %",
         "divergence": f"{claim.margin:.2g} nats",
     }[claim.measure]

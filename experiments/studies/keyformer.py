@@ -1,4 +1,18 @@
-"""Claim: with 50 to 70 % of the tokens, a noisy softmax of the logits keeps better tokens than H2O or a window."""
+"""Claim: with 50 to 70 % of the tokens, a noisy softmax of the logits keeps better tokens than H2O or a window.
+
+The paper summarises; here one or four of sixteen records are asked for at the end of the prompt, which the method
+sees. Sizes are of bytes, statistics counted. The window is a plain one, without sinks, as in the paper.
+
+Against the window the sign and the size of the gap came back at all three sizes. Against H2O it came back at 50 %; at
+60 and 70 % H2O itself is within 8 points of the full cache, and 160 questions do not tell the two apart. At 60 % the
+loss to the full cache is 5 points, where the paper has none.
+
+What makes the difference is not the noise. Without it the same method answers as much (97 %, against 94 with noise)
+and is closer to the full cache: 0.031 nats against 0.066. What then remains of Keyformer's difference to H2O is a
+recent window of 30 % of the budget instead of half of it, which leaves more places for what was looked at. The
+paper's models are 1,000 times larger and its answers longer, so that there is more for noise to even out than in
+answers of at most four lookups, for which the temperature hardly rises.
+"""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def slopes(heads: int) -> Floats:
     power = 1 << (heads.bit_length() - 1)
     first = 2.0 ** (-8.0 * np.arange(1, power + 1) / power)
     between = 2.0 ** (-4.0 * np.arange(1, 2 * (heads - power), 2) / power)
-    return np.concatenate([first, 2 * between])
+    return np.concatenate([first, between])
 
 
 def largest_logit(
