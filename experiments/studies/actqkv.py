@@ -1,4 +1,17 @@
-"""Claim: at a fixed budget of reading, a probe that dwells on a window's outstanding queries finds better pages."""
+"""Claim: at a fixed budget of reading, a probe that dwells on a window's outstanding queries finds better pages.
+
+The method here is a reconstruction from the paper's abstract; its equations are not verified, and its number is
+second hand. A prompt of 992 tokens is read in chunks of 256, each of which attends to itself, 4 sinks, a recent
+window of 64 and 8 pages of 16 that its probe finds; then every token is its own probe, so that probes differ in the
+prompt alone. Questions are the end of the last chunk.
+
+Retrieval itself came back: it is far closer to the full cache than a window that holds as many tokens (though not in
+the perplexity of text, to which the recent tokens matter most). Which probe retrieves cannot be shown: three ways to
+weigh 256 queries of this model give the same answers, and differ by at most 0.05 nats of 2.9. A mean over a chunk of
+which the question is 3 to 14 tokens finds little, whatever its weights. That layers with denser information may read
+less did not come back: the same number of pages everywhere is closer by 0.5 nats. A likely reason, not measured: of
+three layers one retrieves, and peaked scores, which it has because it does, count as dense.
+"""
 
 from __future__ import annotations
 

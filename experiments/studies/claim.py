@@ -106,7 +106,7 @@ def spelled(claim: Claim, finding: Finding) -> str:
     if claim.measure == "score":
         values = f"{100 * finding.method:.0f} % against {100 * finding.against:.0f} %"
         limits, unit = [100 * x for x in (d.mean, d.low, d.high)], "points"
-        text = [f"{x:+.0f}" for x in limits]
+        text = [f"{x:+.0f}" if round(x) else "0" for x in limits]
     elif claim.measure == "perplexity":
         values = f"{finding.method:.2f} against {finding.against:.2f}"
         unit, text = "%", [_percent(x) for x in (d.mean, d.low, d.high)]

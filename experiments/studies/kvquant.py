@@ -10,8 +10,8 @@ reason is channel outliers, which this model lacks: the largest channel of its k
 With outlier channels planted, int4 and int3 fail as in the paper, and worse, whereas KVQuant gives the same perplexity
 to four digits, because its ranges are per channel.
 
-The loss at 2 bits is twice the paper's. A vector of this model has 64 channels and one place for an outlier, on whose
-share of the bytes see the table; codes of 2 bits for heads of 32 channels leave less to average over.
+The loss at 2 bits is twice the paper's, 12 % against 6 %. Vectors of this model have 64 channels and those of the
+paper's 4,096, and a model of its size has less to spare.
 """
 
 from __future__ import annotations
