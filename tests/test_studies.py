@@ -216,6 +216,7 @@ def fake(monkeypatch) -> Study:
     return made
 
 
+@pytest.mark.slow
 def test_the_command_measures_once_and_says_what_it_could_not(fake, model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(kvjax, "load", lambda name: model)
     monkeypatch.setattr("kvjax.evaluation.profile.REPEATS", 2)

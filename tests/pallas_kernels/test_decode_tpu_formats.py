@@ -35,6 +35,7 @@ from pallas_kernels.loader import (
     SubsetLoader,
 )
 from pallas_kernels.packing import pack, split
+from pallas_kernels.pages import Pages
 from pallas_kernels.rope import Rope
 from pallas_kernels.rows import Rows
 from pallas_kernels.testing import assert_close
@@ -213,10 +214,19 @@ def test_what_cannot_be_read_has_a_reason() -> None:
         (BlockLoader(dense.slots, lambda x: x, DIM, 1), "no reader of BlockLoader"),
         (A(256).rotated(A(256).rotated(dense)), "RotatedLoader inside another format"),
         (A(256).rotated(subset), "no reader of SubsetLoader"),
-        (ConcatLoader((dense, Contents(256, dim=64).dense())), "64 channels in an array of their own"),
         (ConcatLoader((dense, A(256).float8("e4m3"))), "channels in several formats"),
         (CodebookLoader(Rows.of(unfolded), jnp.zeros((1, 16)), 4), "fold them"),
     ):
         q = jnp.zeros((BATCH, HEADS, 1, keys.head_dim))
         with pytest.raises(NotImplementedError, match=reason):
             decode_attention(q, keys, dense, scale=1.0, implementation="pallas_tpu")
+
+
+def test_pages_of_narrow_arrays_have_a_reason() -> None:
+    """A block of an array with slots along the lanes is cut there, and pages are not whole tiles of lanes."""
+    values = A(256).dense()
+    keys = ConcatLoader((values, Contents(256, dim=64).dense()))
+    pages = Pages(jnp.zeros((BATCH, 1, 2), jnp.int32), 128)
+    q = jnp.zeros((BATCH, HEADS, 1, keys.head_dim))
+    with pytest.raises(NotImplementedError, match="pages of an array whose channels do not fill the lanes"):
+        decode_attention(q, keys, values, pages=pages, scale=1.0, implementation="pallas_tpu")
