@@ -28,8 +28,16 @@ def write(leaf: Any, new: Any, block: jax.Array) -> Any:
     batch, heads = leaf.shape[:2]
     entries = _entries(block, new.shape[2])
     new = jnp.broadcast_to(new, (batch, heads, *new.shape[2:])).astype(leaf.dtype)
-    rows, cols = jnp.arange(batch)[:, None, None], jnp.arange(heads)[None, :, None]
-    out = _bits(leaf).at[rows, cols, entries[:, :heads]].set(_bits(new), mode="drop", unique_indices=True)
+    return put(leaf, new, entries[:, :heads], unique=True)
+
+
+def put(leaf: jax.Array, new: jax.Array, entries: jax.Array, *, unique: bool = False) -> jax.Array:
+    """leaf [B, K, n, ...] with new [B, K, m, ...] at entries int32 [B, K or 1, m]; those from n on are left out.
+
+    `unique`: no entry is there twice, nor are those that are left out.
+    """
+    rows, cols = jnp.arange(leaf.shape[0])[:, None, None], jnp.arange(leaf.shape[1])[None, :, None]
+    out = _bits(leaf).at[rows, cols, entries].set(_bits(new), mode="drop", unique_indices=unique)
     return jax.lax.bitcast_convert_type(out, leaf.dtype)
 
 

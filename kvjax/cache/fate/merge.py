@@ -14,6 +14,7 @@ from kvjax.cache.policy.seen import Prompt
 from kvjax.cache.segment import at_positions, where_true
 from kvjax.errors import UsageError
 from kvjax.typing import Array
+from pallas_kernels.cache_update.xla import put
 
 LATEST = jnp.iinfo(jnp.int32).max
 
@@ -106,15 +107,4 @@ def _added(values: Array, slot: Array, gift: Array) -> Array:
     slots = values.shape[2]
     slot = jnp.where((slot >= 0) & (slot < slots), slot, slots)
     old = at_positions(values, jnp.minimum(slot, slots - 1)).astype(jnp.float32)
-    return _put(values, slot, old + gift)
-
-
-def _put(values: Array, slot: Array, new: Array) -> Array:
-    """values [B, K, S, H] with new [B, K, m, H] at slots int32 [B, K, m]; slots from S on are left out."""
-    at = jnp.arange(slot.shape[0])[:, None, None], jnp.arange(slot.shape[1])[None, :, None], slot
-    new = new.astype(values.dtype)
-    if values.dtype.itemsize != 2:
-        return values.at[at].set(new, mode="drop")
-    # As bits: XLA has no such floats on a CPU, and would widen all values to write a part.
-    bits, new = (jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (values, new))
-    return jax.lax.bitcast_convert_type(bits.at[at].set(new, mode="drop"), values.dtype)
+    return put(values, (old + gift).astype(values.dtype), slot)
