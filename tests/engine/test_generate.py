@@ -65,10 +65,13 @@ def test_a_full_cache_says_what_no_cache_says() -> None:
 
 def test_one_compile_per_model_method_and_bucket() -> None:
     """Other prompts, other lengths of the same bucket, another seed: nothing is traced again, a short last run too."""
-    batch("h2o:share=50%")
+
+    def generate(prompts: list[list[int]], seed: int) -> None:
+        kvjax.generate(language_model(), prompts, "h2o:share=50%", max_new_tokens=NEW, seed=seed, dtype="float32")
+
+    generate(PROMPTS, 0)
     with compilations() as seen:
-        other = [prompt[::-1] for prompt in PROMPTS[::-1]]
-        kvjax.generate(language_model(), other, "h2o:share=50%", max_new_tokens=NEW, seed=1, dtype="float32")
+        generate([prompt[::-1] for prompt in PROMPTS[::-1]], 1)
     assert seen == []
     with compilations() as seen:
         jax.jit(lambda x: x + 1)(0)

@@ -133,9 +133,12 @@ def test_a_context_is_asked_about_and_nothing_of_the_repetition_is_in_it() -> No
 
 
 def test_other_prompts_of_the_same_bucket_compile_nothing() -> None:
-    batch()
+    def generate(prompts: list[list[int]]) -> None:
+        kvjax.generate(language_model(), prompts, METHOD, max_new_tokens=NEW, dtype="float32")
+
+    generate(PROMPTS)
     with compilations() as seen:
-        kvjax.generate(language_model(), PROMPTS[::-1], METHOD, max_new_tokens=NEW, dtype="float32")
+        generate(PROMPTS[::-1])
     assert seen == []
 
 
