@@ -50,6 +50,7 @@ class LayerCacheProtocol(Protocol):
 
     head_index: Any
     length: Any
+    parts: Any
 
     def step(self, step: Any) -> tuple[Array, Any]: ...
 
@@ -114,6 +115,8 @@ def _layer_specs(cache: LayerCacheProtocol, mesh: Mesh, rules: ShardingRules) ->
     def spec(leaf: Array) -> P:
         if leaf is cache.head_index:
             return P(model)
+        if any(leaf is getattr(part, name) for part in cache.parts for name in ("hiding", "head_map")):
+            return P(rules.axis("batch", leaf.shape[0], mesh))
         # The pages of a pool are cut like heads: as many for each shard.
         by_head = leaf.ndim > 1 and leaf.shape[1] % heads == 0 and leaf.shape[1] > 0
         return P(rules.axis("batch", leaf.shape[0], mesh), *((model,) if by_head else ()))
@@ -135,6 +138,11 @@ def step_specs(step: Any, mesh: Mesh, rules: ShardingRules = ShardingRules()) ->
         rope=jax.tree.map(lambda _: P(), step.rope),
         hidden=None if step.hidden is None else P(batch),
         output_projection=None if step.output_projection is None else P(model),
+        # A latent is one kv head, which is not cut: its maps stay whole.
+        latent=None
+        if step.latent is None
+        else dataclasses.replace(step.latent, queries=P(batch), up_keys=P(), up_values=P()),
+        head_map=None if step.head_map is None else P(batch),
     )
 
 
@@ -172,7 +180,8 @@ def sharded_step(cache: Layer, step: Any, mesh: Mesh, rules: ShardingRules = Sha
     specs, inputs = cache_specs(cache, mesh, rules), step_specs(step, mesh, rules)
     if inputs.queries[2] is not None:
         _check_map(step)
-        step, inputs = (dataclasses.replace(x, kv_head_of_query=None) for x in (step, inputs))
+        own = step.value_part and step.value_part[: step.queries.shape[2] // mesh.shape[inputs.queries[2]]]
+        step, inputs = (dataclasses.replace(x, kv_head_of_query=None, value_part=own) for x in (step, inputs))
     structure = []
 
     def local(cache: Layer, step: Any) -> tuple[Array, list[Array]]:
@@ -191,6 +200,14 @@ def sharded_step(cache: Layer, step: Any, mesh: Mesh, rules: ShardingRules = Sha
 
 def _check_map(step: Any) -> None:
     n, k = step.queries.shape[2], step.keys.shape[2]
+    if step.allocation is not None or step.selective:
+        raise UsageError(
+            "query heads choose their kv heads by what all of them hold, or one head hides tokens from all, so heads "
+            "cannot be cut; use ShardingRules(heads=None, kv_heads=None), which replicates attention over it"
+        )
+    parts = step.value_part
+    if parts is not None and parts != parts[: n // k] * k:
+        raise UsageError(f"value_part {parts} is not the same for all kv heads, so heads cannot be cut")
     if step.kv_head_of_query not in (None, tuple(head * k // n for head in range(n))):
         raise UsageError(
             f"kv_head_of_query {step.kv_head_of_query} does not read the kv heads in order, so query heads cannot be "

@@ -17,7 +17,7 @@ PACKAGES = ("kvjax", "pallas_kernels", "experiments")
 #: matching name is a module's layer.
 BASE = ("kvjax.__version__", "kvjax.errors", "kvjax.typing", "kvjax.compat", "kvjax.sharding")
 #: All that a model sees of a cache: what it hands over, and attention without one.
-PROTOCOL = ("kvjax.cache.step", "kvjax.cache.prompt")
+PROTOCOL = ("kvjax.cache.step", "kvjax.cache.prompt", "kvjax.cache.shared")
 LAYERS = {
     "pallas_kernels": ("pallas_kernels",),
     "kvjax.errors": (),

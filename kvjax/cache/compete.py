@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from kvjax.cache import hiding
 from kvjax.cache.fate import Kept, Lost
 from kvjax.cache.policy import Slots, Tokens
 from kvjax.cache.segment import EMPTY, Segment
-from kvjax.typing import Array
+from kvjax.typing import Array, PyTree
 
 if TYPE_CHECKING:
     from kvjax.cache.layer_cache import LayerCache
@@ -70,27 +71,58 @@ def compete(
 
 def _block_scores(cache: LayerCache, tokens: Tokens, seen: Array, used: Array, new: Arriving) -> Array:
     """f32 [B, K or 1, M + 1]: mean scores of the body's blocks, +inf where empty, and of the arriving one."""
-    body, policy, block = cache.body, cache.method.policy, cache.layout.block
+    heads, method = cache.head_index.shape[0], cache.method
+    given = _Given(cache.body, new, cache.state, cache.data)
+    if method.policy.scope == "head" and method.policy.per_head and not method.joint and heads > 1:
+
+        def of_head(index: Array) -> Array:
+            def take(leaf: Array) -> Array:
+                shared = leaf.ndim < 2 or leaf.shape[1] == 1
+                return leaf if shared else jax.lax.dynamic_slice_in_dim(leaf, index, 1, axis=1)
+
+            one = jax.lax.dynamic_slice_in_dim(cache.head_index, index, 1)
+            return _scores(jax.tree.map(take, given), one, cache, tokens, seen)[:, 0]
+
+        # A head at a time: what is decoded to be looked at is never the whole store.
+        scores = jnp.moveaxis(jax.lax.map(of_head, jnp.arange(heads)), 0, 1)
+    else:
+        scores = _scores(given, cache.head_index, cache, tokens, seen)
+    scores = scores.reshape(*scores.shape[:2], -1, cache.layout.block).mean(-1)
+    there = jnp.concatenate([used, jnp.ones((*used.shape[:2], 1), bool)], axis=-1)
+    return jnp.where(there, scores, jnp.inf)
+
+
+class _Given(NamedTuple):
+    """What scores are made of; leaves [B or 1, K or 1, ...]."""
+
+    body: Segment | None
+    new: Arriving
+    state: PyTree
+    data: PyTree
+
+
+def _scores(given: _Given, head_index: Array, cache: LayerCache, tokens: Tokens, seen: Array) -> Array:
+    """f32 [B, K or 1, S + block]: the policy's, of the body's slots and of the arriving block; of the heads given."""
+    body, new = given.body, given.new
     assert body is not None
-    positions = jnp.broadcast_to(new.positions, (*used.shape[:2], block))
+    positions = jnp.broadcast_to(new.positions, (*body.positions.shape[:2], cache.layout.block))
     positions = jnp.concatenate([body.positions, positions], axis=-1)
     keys = jnp.concatenate([body.decoded_keys, new.keys.astype(jnp.float32)], axis=2)
     if cache.method.stores_unrotated and tokens.step.rope is not None:
         keys = tokens.step.rope.rotate(keys, jnp.maximum(positions, 0))
+    values = jnp.concatenate([body.decoded_values, new.values.astype(jnp.float32)], axis=2)
     slots = Slots(
         positions=positions,
         stats=None if body.stats is None or new.stats is None else jnp.concatenate([body.stats, new.stats], axis=-1),
         seen=seen,
-        head_index=cache.head_index,
-        keys=keys,
-        values=jnp.concatenate([body.decoded_values, new.values.astype(jnp.float32)], axis=2),
-        state=cache.state,
-        data=cache.data,
+        head_index=head_index,
+        keys=keys if not cache.dims.latent else jnp.concatenate([values, keys], axis=-1),
+        values=values,
+        state=given.state,
+        data=given.data,
+        hiding=None if cache.hiding is None else hiding.at(cache.hiding, positions),
     )
-    scores = policy.slot_scores(slots)
-    scores = scores.reshape(*scores.shape[:2], -1, block).mean(-1)
-    there = jnp.concatenate([used, jnp.ones((*used.shape[:2], 1), bool)], axis=-1)
-    return jnp.where(there, scores, jnp.inf)
+    return cache.method.policy.slot_scores(slots)
 
 
 def _surrender(cache: LayerCache, lowest: Array, full: Array, new: Arriving) -> tuple[Segment | None, Arriving]:

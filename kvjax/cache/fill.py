@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def fill(cache: LayerCache, prompt: Prompt, lengths: Array) -> LayerCache:
     """Distributes the first `lengths` int32 [B] tokens of a prompt over the segments of an empty cache."""
     layout, policy = cache.layout, cache.method.policy
-    keys = prompt.unrotated_keys if cache.method.stores_unrotated else prompt.keys
+    keys = prompt.stored_keys(cache.method.stores_unrotated)
     stats = policy.prompt_statistics(prompt) if cache.method.keeps_statistics else None
 
     chosen = lost = jnp.zeros((), bool)

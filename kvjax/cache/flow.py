@@ -28,7 +28,7 @@ def append(cache: LayerCache, tokens: Tokens, stats: Array | None, after: Array)
     donated cache before its writes, and XLA copies every store in each step.
     """
     step = tokens.step
-    keys = step.keys if cache.method.stores_unrotated else tokens.keys.swapaxes(1, 2)
+    keys = tokens.stored_keys(cache.method.stores_unrotated).swapaxes(1, 2)
     if cache.method.budget.evicts:
         cache = dataclasses.replace(cache, state=cache.method.policy.next_state(cache.state, tokens))
     leaves = (keys, step.values, None if stats is None else stats.swapaxes(1, 2), step.valid)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -80,11 +80,16 @@ class HeadSplit:
 
     def step(self, step: Step) -> tuple[Array, HeadSplit]:
         """See `LayerCache.step`."""
+        output, store = self.read(step)
+        return output, store(output)
+
+    def read(self, step: Step) -> tuple[Array, Callable[[Array], HeadSplit]]:
+        """See `LayerCache.read`."""
         divided = self._divided(step)
-        done = [part.step(mine) for part, (mine, _) in zip(self.parts, divided, strict=True)]
+        done = [part.read(mine) for part, (mine, _) in zip(self.parts, divided, strict=True)]
         order = jnp.argsort(jnp.concatenate([queries for _, queries in divided]))
         output = jnp.concatenate([output for output, _ in done], axis=2)[:, :, order]
-        return output, self._with([part for _, part in done])
+        return output, lambda after: self._with([store(after) for _, store in done])
 
     def absorb_prompt(self, step: Step, log_sum_exp: Array, unread: int = 0, scores: Array | None = None) -> HeadSplit:
         """See `LayerCache.absorb_prompt`."""
@@ -127,6 +132,7 @@ class HeadSplit:
                 values=step.values[:, :, index],
                 output_projection=None if projection is None else projection[queries],
                 kv_head_of_query=tuple(heads.index(reads[n]) for n in mine),
+                value_part=step.value_part and tuple(step.value_part[n] for n in mine),
             )
             divided.append((part, queries))
         return divided

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from kvjax.cache import flow
+from kvjax.cache import flow, hiding
 from kvjax.cache.codec import Codec, Identity
 from kvjax.cache.fill import fill
 from kvjax.cache.layout import CacheDims, Layout
 from kvjax.cache.method import CacheMethod
 from kvjax.cache.policy import Policy, Prompt, Tokens
 from kvjax.cache.pool import Part, Pool
-from kvjax.cache.prompt import attend_prompt
+from kvjax.cache.prompt import allocated, attend_prompt
 from kvjax.cache.read import read_cache
 from kvjax.cache.segment import Segment
 from kvjax.cache.step import Step
@@ -43,11 +43,12 @@ def blank_data(method: CacheMethod, dims: CacheDims) -> LayerData:
     """Zeros in place of what calibration finds, for one layer of a method: the shapes that it has to have."""
     here = method.for_layer(dims)
 
-    def zeros(part: Codec | Policy) -> PyTree:
+    def zeros(part: Codec | Policy, dims: CacheDims = dims) -> PyTree:
         shapes = part.parameter_shapes(dims) if part.calibrated else None
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
-    return LayerData(zeros(here.keys), zeros(here.values), zeros(here.policy) if here.budget.evicts else None)
+    policy = zeros(here.policy) if here.budget.evicts else None
+    return LayerData(zeros(here.keys), zeros(here.values, dims.of_values), policy)
 
 
 @jax.tree_util.register_dataclass
@@ -66,6 +67,8 @@ class LayerCache:
       index: what the method's selector knows of the body's pages and remembers, leaves [B, K, ...], or None.
       state: the policy's state, leaves [B, K, ...], or None.
       data: what the policy was calibrated to, leaves [K, ...] or shared, or None.
+      hiding: f32 [B, max_length], what tokens hide (`kvjax.cache.hiding`), where they do.
+      head_map: int32 [B, N], the kv head that each query head reads, where the prompt decides it.
       method, dims: static. Inside `jax.shard_map` the arrays are smaller than dims says; shapes are read from arrays.
       phase: static. "empty" -> (exact) "decode", or (streaming) "prompt" until `end_prompt`.
     """
@@ -84,6 +87,8 @@ class LayerCache:
     index: PyTree = None
     state: PyTree = None
     data: PyTree = None
+    hiding: Array | None = None
+    head_map: Array | None = None
     phase: Phase = dataclasses.field(default="empty", metadata={"static": True})
 
     @classmethod
@@ -138,6 +143,8 @@ class LayerCache:
             aside=method.fate.aside(dims, layout, per_head) if method.budget.evicts else None,
             state=method.policy.initial_state(dims) if method.budget.evicts else None,
             data=method.policy.parameters(dims, data.policy) if method.budget.evicts else None,
+            hiding=jnp.zeros((dims.batch, dims.max_length), jnp.float32) if dims.selective else None,
+            head_map=jnp.zeros((dims.batch, dims.query_heads), jnp.int32) if dims.mapped else None,
         )
 
     @property
@@ -172,17 +179,33 @@ class LayerCache:
         it is stored, merges that with causal attention within the chunk, and then appends the chunk.
 
         Returns:
-          The attention output [B, T, N, H] in the dtype of the queries, and the new cache.
+          The attention output [B, T, N, H'] in the dtype of the queries, and the new cache.
         """
-        step.check(self.head_index.shape[0], self.dims.head_dim)
+        output, store = self.read(step)
+        return output, store(output)
+
+    def read(self, step: Step) -> tuple[Array, Callable[[Array], LayerCache]]:
+        """The first half of `step`: the output, and what stores the tokens once all that depends on the old cache, an
+        array which it is given, has been computed."""
+        step.check(self.head_index.shape[0], self.dims.head_dim, self.dims.of_values.head_dim)
+        if self.phase == "empty":
+            step = allocated(step)
+        elif self.head_map is not None:
+            step = dataclasses.replace(step, head_map=self.head_map)
         if self.phase == "empty" and self.method.prefill == "exact":
             output, log_sum_exp = attend_prompt(step)
-            return output, self.absorb_prompt(step, log_sum_exp)
+            return output, lambda after: self.absorb_prompt(step, log_sum_exp)
         streams = self.phase in ("empty", "prompt") and self.method.prefill == "streaming"
-        phase: Phase = "prompt" if streams else "decode"
+        cache = dataclasses.replace(self, phase="prompt" if streams else "decode", head_map=self._map_of(step))
+        if self.hiding is not None and step.valid.shape[1] > 1:
+            output, stored = _one_by_one(cache, step)
+            return output, lambda after: stored
         tokens = Tokens(step, self.head_index, self.state, self.data, decoding=not streams)
-        output, observed, new_stats = read_cache(self, tokens)
-        return output, flow.append(dataclasses.replace(observed, phase=phase), tokens, new_stats, after=output)
+        output, observed, new_stats = read_cache(cache, tokens)
+        return output, lambda after: flow.append(observed, tokens, new_stats, after=after)
+
+    def _map_of(self, step: Step) -> Array | None:
+        return None if self.head_map is None else step.head_map
 
     def absorb_prompt(self, step: Step, log_sum_exp: Array, unread: int = 0, scores: Array | None = None) -> LayerCache:
         """Compresses a prompt whose exact attention is already known.
@@ -192,8 +215,15 @@ class LayerCache:
           unread: how many of each row's last tokens policies see but the cache does not hold; they are the next steps.
           scores: f32 [B, K, T] of a policy that has them from a pass over the model of its own, or None.
         """
+        step = allocated(step)
         prompt = Prompt(step, self.head_index, self.state, self.data, log_sum_exp, scores)
-        return dataclasses.replace(fill(self, prompt, prompt.lengths - unread), phase="decode")
+        lengths = prompt.lengths - unread
+        filled = fill(self, prompt, lengths)
+        told = None
+        if self.hiding is not None:
+            seen = dataclasses.replace(step, valid=step.valid & (step.positions < lengths[:, None]))
+            told = self.hiding.at[:, : step.valid.shape[1]].set(hiding.of_prompt(seen))
+        return dataclasses.replace(filled, phase="decode", hiding=told, head_map=self._map_of(step))
 
     def end_prompt(self) -> LayerCache:
         """Marks the end of a streaming prefill: from here on what `every` says holds."""
@@ -202,3 +232,22 @@ class LayerCache:
     def in_phase(self, phase: Phase) -> LayerCache:
         """This cache in another phase."""
         return dataclasses.replace(self, phase=phase)
+
+
+def _one_by_one(cache: LayerCache, step: Step) -> tuple[Array, LayerCache]:
+    """`step`, token by token: where tokens hide others, each query sees what the one before it has left.
+
+    The cache is in the phase of the step already.
+    """
+    by_token = {name: getattr(step, name) for name in ("queries", "keys", "values", "positions", "valid")}
+    inner = None if step.latent is None else step.latent.queries
+    leaves = jax.tree.map(lambda x: x.swapaxes(0, 1)[:, :, None], (by_token, step.hidden, inner))
+
+    def one(cache: LayerCache, parts: tuple[dict[str, Array], Array | None, Array | None]) -> tuple[LayerCache, Array]:
+        mine, layer_input, queries = parts
+        latent = step.latent if step.latent is None else dataclasses.replace(step.latent, queries=queries)
+        output, cache = cache.step(dataclasses.replace(step, **mine, hidden=layer_input, latent=latent))
+        return cache, output[:, 0]
+
+    cache, outputs = jax.lax.scan(one, cache, leaves)
+    return outputs.swapaxes(0, 1), cache

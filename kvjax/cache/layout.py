@@ -32,6 +32,10 @@ class CacheDims:
       window: the layer's sliding window, or None.
       width: D, the size of a layer's input; 0 where nothing depends on it.
       layer: index of the layer, for random draws and budgets that differ between layers. layers: L.
+      value_dim: channels of a value, where they are not H.
+      latent: whether values are latents that keys are made of too (`Step.latent`).
+      selective: whether tokens hide others (`Step.selective`); a cache then keeps a number per token seen.
+      mapped: whether the head map is data (`Step.allocation`), which a cache then keeps.
     """
 
     batch: int
@@ -45,6 +49,22 @@ class CacheDims:
     width: int = 0
     layer: int = 0
     layers: int = 1
+    value_dim: int | None = None
+    latent: bool = False
+    selective: bool = False
+    mapped: bool = False
+
+    @property
+    def of_values(self) -> CacheDims:
+        """What a codec of values must know: H is the channels of a value."""
+        if self.value_dim is None:
+            return self
+        return dataclasses.replace(self, head_dim=self.value_dim, value_dim=None)
+
+    @property
+    def key_width(self) -> int:
+        """Channels of a key as queries meet it: latents are part of it."""
+        return self.head_dim + (self.of_values.head_dim if self.latent else 0)
 
 
 @dataclasses.dataclass(frozen=True)

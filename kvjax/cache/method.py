@@ -14,7 +14,7 @@ from kvjax.cache.fate import Drop, Fate
 from kvjax.cache.layout import CacheDims, Layout, ceil_to, ring_slots
 from kvjax.cache.policy import Policy, Recency, Repetition
 from kvjax.cache.policy.base import check_word
-from kvjax.cache.refusal import refusal
+from kvjax.cache.refusal import check_layer, refusal
 from kvjax.cache.selector import ReadAll, Selector
 from kvjax.errors import UsageError
 from kvjax.typing import Array
@@ -124,8 +124,9 @@ class CacheMethod:
         """This method as one layer uses it: the layer's budget and codecs, no more than a sliding window reaches."""
         recent = self.recent if isinstance(self.recent, int) else 0
         budget = self.budget.for_layer(dims, self.sinks + recent)
-        here = dataclasses.replace(self, keys=self.keys.for_layer(dims), values=self.values.for_layer(dims))
+        here = dataclasses.replace(self, keys=self.keys.for_layer(dims), values=self.values.for_layer(dims.of_values))
         here = here._with_budget(budget)
+        check_layer(here, dims)
         if budget.evicts or dims.window is None or dims.window >= dims.max_length:
             return here
         recent, here = max(recent, 1), dataclasses.replace(here, flush="together")
@@ -164,7 +165,7 @@ class CacheMethod:
           UsageError: the head dimension does not fit a codec, or the budget is smaller than what is always kept.
         """
         self.keys.validate(dims.head_dim)
-        self.values.validate(dims.head_dim)
+        self.values.validate(dims.of_values.head_dim)
         if not self.budget.evicts:
             assert isinstance(self.recent, int)
             ring = ring_slots(self.recent, self.block)
@@ -185,7 +186,7 @@ class CacheMethod:
 
     def _even(self, slots: int, dims: CacheDims) -> int:
         """Slots rounded up so that no platform pads the rows of the stores."""
-        each = (codec.even_slots(dims) for codec in self.codecs)
+        each = self.keys.even_slots(dims), self.values.even_slots(dims.of_values)
         unit = int(self.recent) if self.flush == "keys first" else self.block
         return ceil_to(slots, math.lcm(unit, self.selector.page or 1, *each))
 

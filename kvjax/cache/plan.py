@@ -24,8 +24,9 @@ def layer_bytes(method: CacheMethod, dims: CacheDims) -> int:
         each = [(part, dataclasses.replace(dims, kv_heads=len(heads))) for heads, part in groups]
         return sum(layer_bytes(part, mine) for part, mine in each)
     layout, heads = method.layout(dims), dims.kv_heads
-    exact = 2 * heads * dims.head_dim * jnp.dtype(dims.dtype).itemsize + _INT
-    coded = heads * dims.head_dim * sum(codec.bits_per_element(dims) for codec in method.codecs) / 8
+    pairs = tuple(zip(method.codecs, (dims, dims.of_values), strict=True))
+    exact = heads * (dims.head_dim + dims.of_values.head_dim) * jnp.dtype(dims.dtype).itemsize + _INT
+    coded = heads * sum(mine.head_dim * codec.bits_per_element(mine) for codec, mine in pairs) / 8
     per_head = method.budget.evicts and method.policy.per_head
     statistic = heads * _INT if method.keeps_statistics else 0
     pooled = layout.kept if method.budget.pooled else 0
@@ -34,7 +35,8 @@ def layer_bytes(method: CacheMethod, dims: CacheDims) -> int:
     if pooled:
         row += pool_pages(dims, pooled) * (PAGE * (coded / heads + _INT) + _INT)
     total = dims.batch * (row + 3 * _INT) + heads * _INT + _state_bytes(method, dims)
-    total += sum(codec.parameter_bytes(dims) for codec in method.codecs) if layout.body else 0
+    total += sum(codec.parameter_bytes(mine) for codec, mine in pairs) if layout.body else 0
+    total += _INT * dims.batch * (dims.max_length * dims.selective + dims.query_heads * dims.mapped)
     assert total == int(total)
     return int(total)
 
@@ -58,7 +60,7 @@ def _state_bytes(method: CacheMethod, dims: CacheDims) -> int:
 
 def full_bytes(layers: Iterable[CacheDims]) -> int:
     """Bytes of the keys and values of max_length tokens in bfloat16: what ratios refer to."""
-    return sum(2 * 2 * d.batch * d.kv_heads * d.head_dim * d.max_length for d in layers)
+    return sum(2 * d.batch * d.kv_heads * (d.head_dim + d.of_values.head_dim) * d.max_length for d in layers)
 
 
 def resolve(method: CacheMethod, layers: Sequence[CacheDims]) -> CacheMethod:

@@ -103,8 +103,9 @@ class Pool:
         query_positions: Array,
         logits: bool,
         chosen: Chosen | None = None,
+        lowered: Array | None = None,
     ) -> tuple[Array, ...]:
-        """See `Segment.attend`; never returns logits, always reads every page. places int32 [B, M, P] or None."""
+        """See `Segment.attend`; never returns nor lowers logits, reads every page. places int32 [B, M, P] or None."""
         by_page = jnp.take_along_axis(queries, self.owner[..., None, None], axis=1)
         out, lse = self.pages.attend(by_page, step, places, query_positions, False)
         mine = self.owner[..., None] == jnp.arange(queries.shape[1])  # [B, M, K]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax.numpy as jnp
@@ -30,30 +31,55 @@ def _uneven(step: Step) -> bool:
     return step.kv_head_of_query not in (None, tuple(head * k // n for head in range(n)))
 
 
-def group_filled(step: Step) -> NDArray[np.bool_]:
-    """bool [K, G]: False at the places of `group_queries` that hold no query head of their own."""
+def group_filled(step: Step) -> NDArray[np.bool_] | Array:
+    """bool [1 or B, K, G]: False at the places of `group_queries` that hold no query head of their own.
+
+    A NumPy array, so that its values are known while tracing, unless the head map is data.
+    """
     n, k = step.queries.shape[2], step.keys.shape[2]
+    if step.head_map is not None:
+        return step.head_map[:, None] == jnp.arange(k)[:, None]
     if not _uneven(step):
-        return np.ones((k, n // k), bool)
-    return _table(step.kv_head_of_query or (), k)[1]
+        return np.ones((1, k, n // k), bool)
+    return _table(step.kv_head_of_query or (), k)[1][None]
+
+
+def group(step: Step, x: Array) -> Array:
+    """What belongs to query heads, [B, T, N, H], under the kv head that each reads: [B, K, G, T, H].
+
+    Groups of unequal size are padded to the largest with copies of query head 0 (`group_filled` tells which). Where the
+    head map is data, every group holds all heads.
+    """
+    b, t, n, h = x.shape
+    k = step.keys.shape[2]
+    if step.head_map is not None:
+        return jnp.broadcast_to(jnp.moveaxis(x, 1, 2)[:, None], (b, k, n, t, h))
+    if _uneven(step):
+        heads, _ = _table(step.kv_head_of_query or (), k)
+        return jnp.moveaxis(x[:, :, heads], 1, 3)
+    return jnp.moveaxis(x.reshape(b, t, k, n // k, h), 1, 3)
 
 
 def group_queries(step: Step) -> Array:
-    """The (unrotated) queries [B, T, N, H] under the kv head that each reads: [B, K, G, T, H].
+    """The (unrotated) queries under the kv head that each reads, `group`ed, as they meet the keys of `all_keys`."""
+    if step.latent is None:
+        return group(step, step.queries)
+    absorbed = jnp.einsum("btnc,nrc->btnr", step.latent.queries, step.latent.up_keys)
+    return group(step, jnp.concatenate([absorbed.astype(step.queries.dtype), step.queries], axis=-1))
 
-    Groups of unequal size are padded to the largest with copies of query head 0 (`group_filled` tells which).
-    """
-    b, t, n, h = step.queries.shape
-    k = step.keys.shape[2]
-    if _uneven(step):
-        heads, _ = _table(step.kv_head_of_query or (), k)
-        return jnp.moveaxis(step.queries[:, :, heads], 1, 3)
-    return jnp.moveaxis(step.queries.reshape(b, t, k, n // k, h), 1, 3)
+
+def all_keys(step: Step) -> Array:
+    """The (unrotated) keys as queries meet them, [B, K, T, H]: behind the latent, where there is one."""
+    keys = step.keys if step.latent is None else jnp.concatenate([step.values, step.keys], axis=-1)
+    return keys.swapaxes(1, 2)
 
 
 def ungroup(step: Step, out: Array) -> Array:
-    """The inverse of `group_queries`: [B, K, G, T, H] to [B, T, N, H], padded places dropped."""
+    """The inverse of `group`: [B, K, G, T, H] to [B, T, N, H], padded places dropped."""
     b, k, g, t, h = out.shape
+    if step.head_map is not None:
+        mine = jnp.take_along_axis(out, step.head_map[:, None, :, None, None], axis=1)
+        return jnp.moveaxis(mine[:, 0], 2, 1)
     flat = jnp.moveaxis(out, 3, 1).reshape(b, t, k * g, h)
     if not _uneven(step):
         return flat
@@ -63,12 +89,31 @@ def ungroup(step: Step, out: Array) -> Array:
     return flat[:, :, place]
 
 
-def rotate(step: Step, grouped: Array) -> Array:
-    """Rotates [B, K, ..., T, H] (grouped queries, or keys with the head axis first) by the step's positions."""
+def finish(step: Step, out: Array) -> Array:
+    """What attention returns, [B, T, N, H'], of cached values that query heads have read, [B, T, N, ...]."""
+    if step.latent is not None:
+        return jnp.einsum("btnr,nrh->btnh", out, step.latent.up_values.astype(out.dtype))
+    if step.value_part is None:
+        return out
+    parts = out.reshape(*out.shape[:3], max(step.value_part) + 1, -1)
+    return jnp.take_along_axis(parts, np.array(step.value_part)[None, None, :, None, None], axis=3)[..., 0, :]
+
+
+def rotate(step: Step, x: Array, positions: Array | None = None) -> Array:
+    """Rotates [B, K, ..., T, H] (grouped queries, or keys with the head axis first).
+
+    positions: int32, broadcasts to x.shape[:-1]; None takes those of the step.
+    """
     if step.rope is None:
-        return grouped
-    b, t = step.positions.shape
-    return step.rope.rotate(grouped, step.positions.reshape(b, *(1,) * (grouped.ndim - 3), t))
+        return x
+    if positions is None:
+        b, t = step.positions.shape
+        positions = step.positions.reshape(b, *(1,) * (x.ndim - 3), t)
+    width = step.keys.shape[-1] if step.rotary_dim is None else step.rotary_dim
+    if width == x.shape[-1]:
+        return step.rope.rotate(x, positions)
+    fixed, turned = jnp.split(x, [x.shape[-1] - width], axis=-1)
+    return jnp.concatenate([fixed, step.rope.rotate(turned, positions)], axis=-1)
 
 
 def logits_of(step: Step, queries: Array, keys: Array) -> Array:
@@ -85,22 +130,83 @@ def probabilities(
     return jnp.where(seen, jnp.exp(logits_of(step, queries, keys) - log_sum_exp[..., None]), 0.0)
 
 
+def allocated(step: Step) -> Step:
+    """The step with the head map that its rule gives, where it has a rule and no map yet."""
+    if step.allocation is None or step.head_map is not None:
+        return step
+    return dataclasses.replace(step, head_map=step.allocation.head_of_query(step))
+
+
 def attend_prompt(step: Step) -> tuple[Array, Array]:
     """Exact causal attention of the T tokens of `step` to themselves; differentiable.
 
     Returns:
-      out [B, T, N, H] in the dtype of the queries, and the log-sum-exp f32 [B, K, G, T] in the layout of
+      out [B, T, N, H'] in the dtype of the queries, and the log-sum-exp f32 [B, K, G, T] in the layout of
       `group_queries`; +inf at padded places, where exp(logit - lse) is then 0.
     """
-    out, lse = prefill_attention(
-        rotate(step, group_queries(step)),
-        rotate(step, jnp.moveaxis(step.keys, 1, 2)),
-        jnp.moveaxis(step.values, 1, 2),
+    step = allocated(step)
+    wide = _widened(step)
+    queries, keys = rotate(wide, group_queries(wide)), rotate(wide, all_keys(wide))
+    out, lse, *_ = prefill_attention(
+        queries,
+        keys,
+        jnp.moveaxis(wide.values, 1, 2),
         valid=step.valid,
         window=step.window,
         scale=step.scale,
         softcap=step.softcap,
+        selection=selection(step) if step.selective else None,
     )
+    if wide is not step:
+        lse = group(step, ungroup(wide, lse[..., None]))[..., 0]
     filled = group_filled(step)
-    lse = lse if filled.all() else jnp.where(filled[:, :, None], lse, jnp.inf)
-    return ungroup(step, out), lse
+    if not (isinstance(filled, np.ndarray) and filled.all()):
+        lse = jnp.where(filled[..., None], lse, jnp.inf)
+    return ungroup(wide, out), lse
+
+
+def _widened(step: Step) -> Step:
+    """The same attention with keys and values of a plain kind, more of them: no waste where there are many queries."""
+    if step.latent is not None:
+        return _with_own_keys(step)
+    b, t, k, _ = step.keys.shape
+    if step.head_map is not None:
+        at = step.head_map[:, None, :, None]
+        keys, values = (jnp.take_along_axis(x, at, axis=2) for x in (step.keys, step.values))
+        return dataclasses.replace(step, keys=keys, values=values, head_map=None, kv_head_of_query=None)
+    if step.value_part is None:
+        return step
+    n, parts = step.queries.shape[2], max(step.value_part) + 1
+    reads = step.kv_head_of_query or tuple(head * k // n for head in range(n))
+    return dataclasses.replace(
+        step,
+        keys=jnp.repeat(step.keys, parts, axis=2),
+        values=step.values.reshape(b, t, k * parts, -1),
+        kv_head_of_query=tuple(head * parts + part for head, part in zip(reads, step.value_part, strict=True)),
+        value_part=None,
+    )
+
+
+def _with_own_keys(step: Step) -> Step:
+    """Latents made into a key and a value for each query head."""
+    latent = step.latent
+    assert latent is not None
+    values, dtype = step.values[:, :, 0], step.queries.dtype
+    keys = jnp.einsum("btr,nrc->btnc", values, latent.up_keys).astype(dtype)
+    turned = jnp.broadcast_to(step.keys, (*keys.shape[:3], step.keys.shape[-1]))
+    return dataclasses.replace(
+        step,
+        queries=jnp.concatenate([latent.queries, step.queries], axis=-1),
+        keys=jnp.concatenate([keys, turned], axis=-1),
+        values=jnp.einsum("btr,nrc->btnc", values, latent.up_values).astype(dtype),
+        latent=None,
+        rotary_dim=step.keys.shape[-1],
+    )
+
+
+def selection(step: Step) -> tuple[Array, Array]:
+    """By which tokens hide others: rotated queries and keys of head 0, [B, 1, T, H]; a row's first token is safe."""
+    head = 0 if step.kv_head_of_query is None else step.kv_head_of_query[0]
+    queries = rotate(step, jnp.moveaxis(step.queries[:, :, :1], 1, 2))
+    keys = rotate(step, jnp.moveaxis(step.keys[:, :, head : head + 1], 1, 2))
+    return queries, jnp.where((step.positions == 0)[:, None, :, None], 0, keys)

@@ -6,15 +6,16 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
+import numpy as np
 
+from kvjax.cache import hiding
 from kvjax.cache.observe import needs_logits, observe
 from kvjax.cache.policy import Tokens
 from kvjax.cache.pool import Part
-from kvjax.cache.prompt import group_filled, ungroup
+from kvjax.cache.prompt import finish, group_filled, rotate, ungroup
 from kvjax.cache.selector import Chosen
 from kvjax.typing import Array
 from pallas_kernels import merge, prefill_attention
-from pallas_kernels.rope import Rope
 
 if TYPE_CHECKING:
     from kvjax.cache.layer_cache import LayerCache
@@ -24,7 +25,7 @@ def read_cache(cache: LayerCache, tokens: Tokens) -> tuple[Array, LayerCache, Ar
     """Attends T tokens to the cached ones and, causally, to themselves.
 
     Returns:
-      output [B, T, N, H]; the cache with its statistics updated; the new tokens' own statistics f32 [B, K, T] or None.
+      output [B, T, N, H']; the cache with its statistics updated; the new tokens' own statistics f32 [B, K, T] or None.
     """
     step, values = tokens.step, tokens.values
     queries, own_keys, ranks = _rotate(cache, tokens)
@@ -33,22 +34,27 @@ def read_cache(cache: LayerCache, tokens: Tokens) -> tuple[Array, LayerCache, Ar
     row_positions = jnp.tile(step.positions, (1, group))
     chosen, cache = _choose(cache, tokens)
     parts, logits = [], []
-    for segment, place in zip(cache.segments, ranks, strict=True):
+    lowered = [None if cache.hiding is None else hiding.at(cache.hiding, s.positions) for s in cache.segments]
+    for segment, place, less in zip(cache.segments, ranks, lowered, strict=True):
         of_body = chosen if segment is cache.body else None
-        read = segment.attend(rows, step, place, row_positions, needs_logits(cache, segment), of_body)
+        wanted = needs_logits(cache, segment) or less is not None
+        read = segment.attend(rows, step, place, row_positions, wanted, of_body, less)
         parts.append(read[:2])
         logits.append(read[2] if len(read) > 2 else None)
     own, own_lse = prefill_attention(
         queries, own_keys, values, valid=step.valid, window=step.window, scale=step.scale, softcap=step.softcap
     )
-    parts.append((own.reshape(rows.shape).astype(jnp.float32), own_lse.reshape(rows.shape[:-1])))
+    parts.append((own.reshape(*rows.shape[:3], -1).astype(jnp.float32), own_lse.reshape(rows.shape[:-1])))
     merged, lse = merge(parts)
     filled = group_filled(step)
-    if not filled.all():  # places without a query head of their own attend to nothing
-        lse = jnp.where(jnp.repeat(filled, count, axis=1), lse, jnp.inf)
-    output = ungroup(step, merged.reshape(queries.shape).astype(step.queries.dtype))
+    if not (isinstance(filled, np.ndarray) and filled.all()):  # others' places attend to nothing
+        lse = jnp.where(jnp.repeat(filled, count, axis=2), lse, jnp.inf)
+    output = ungroup(step, merged.reshape(*queries.shape[:4], -1).astype(step.queries.dtype))
     observed, own_stats = observe(cache, tokens, queries, own_keys, logits, lse.reshape(queries.shape[:-1]))
-    return output, observed, own_stats
+    if cache.hiding is not None:
+        places = [s.positions for s in cache.segments]
+        observed = dataclasses.replace(observed, hiding=hiding.after(cache.hiding, step, places, logits))
+    return finish(step, output), observed, own_stats
 
 
 def _choose(cache: LayerCache, tokens: Tokens) -> tuple[Chosen | None, LayerCache]:
@@ -72,9 +78,8 @@ def _rotate(cache: LayerCache, tokens: Tokens) -> tuple[Array, Array, list[Array
         return tokens.queries, tokens.keys, places
     ranks, total = _ranks(cache.segments)
     own = total[..., None] + jnp.arange(step.positions.shape[1], dtype=jnp.int32)
-    rope: Rope = step.rope
-    queries = rope.rotate(tokens.unrotated_queries, own[:, :, None])
-    return queries, rope.rotate(tokens.unrotated_keys, own), list(ranks)
+    queries = rotate(step, tokens.unrotated_queries, own[:, :, None])
+    return queries, rotate(step, tokens.unrotated_keys, own), list(ranks)
 
 
 def _ranks(segments: tuple[Part, ...]) -> tuple[list[Array], Array]:

@@ -8,6 +8,7 @@ compared with it (`StepRecorder`, then `LayerCache.step` on what was recorded).
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 
@@ -35,8 +36,13 @@ class PromptRecorder:
 
     def step(self, step: Step) -> tuple[Array, RecordedPrompt]:
         """Exact causal attention [B, T, N, H] of the prompt to itself, and the prompt."""
+        output, store = self.read(step)
+        return output, store(output)
+
+    def read(self, step: Step) -> tuple[Array, Callable[[Array], RecordedPrompt]]:
+        """As `LayerCache.read`."""
         output, log_sum_exp = attend_prompt(step)
-        return output, RecordedPrompt(step, log_sum_exp)
+        return output, lambda after: RecordedPrompt(step, log_sum_exp)
 
 
 @jax.tree_util.register_dataclass
@@ -63,5 +69,10 @@ class StepRecorder:
 
     def step(self, step: Step) -> tuple[Array, StepRecorder]:
         """As `LayerCache.step`."""
-        output, inner = self.inner.step(step)
-        return output, StepRecorder(inner, RecordedStep(step, output))
+        output, store = self.read(step)
+        return output, store(output)
+
+    def read(self, step: Step) -> tuple[Array, Callable[[Array], StepRecorder]]:
+        """As `LayerCache.read`."""
+        output, store = self.inner.read(step)
+        return output, lambda after: StepRecorder(store(after), RecordedStep(step, output))

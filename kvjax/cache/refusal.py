@@ -6,6 +6,8 @@ import math
 from typing import TYPE_CHECKING
 
 from kvjax.cache.codec import Identity
+from kvjax.cache.layout import CacheDims
+from kvjax.errors import UsageError
 
 if TYPE_CHECKING:
     from kvjax.cache.method import CacheMethod
@@ -17,6 +19,45 @@ def refusal(method: CacheMethod) -> str | None:
     """The reason why a method cannot work and what would, or None."""
     checks = (_wrong_field, _wrong_flush, _wrong_codecs, _wrong_selector, _wrong_budget)
     return next((reason for check in checks if (reason := check(method))), None)
+
+
+def check_layer(method: CacheMethod, dims: CacheDims) -> None:
+    """Raises UsageError where a method does not go with the attention of a layer; method: as the layer uses it."""
+    checks = (_wrong_latent, _wrong_hiding, _wrong_map)
+    if problem := next((reason for check in checks if (reason := check(method, dims))), None):
+        raise UsageError(f"method {method.name!r}: {problem}")
+
+
+def _wrong_latent(method: CacheMethod, dims: CacheDims) -> str | None:
+    if not dims.latent:
+        return None
+    if method.budget.evicts and method.fate.merges:
+        return f"{type(method.fate).__name__} adds to values, but these are latents of which keys are made too"
+    if method.selector.page is not None:
+        return "a selector's index is of whole keys, but part of these is made of latents, which are stored as values"
+    if any(codec.fits_prompt for codec in method.every_codec):
+        return "a codec compares keys with the queries that meet them, but part of these keys is stored as values"
+    return None
+
+
+def _wrong_hiding(method: CacheMethod, dims: CacheDims) -> str | None:
+    if not dims.selective:
+        return None
+    if method.budget.pooled or method.by_head(dims):
+        return "heads have caches of their own size, but with selective attention one head hides tokens from all"
+    if method.selector.page is not None:
+        return "a selector reads some tokens only, but with selective attention each query may hide any of them"
+    if method.repetition is not None:
+        return "a repetition would hide tokens of the prompt, which selective attention does not take back"
+    return None
+
+
+def _wrong_map(method: CacheMethod, dims: CacheDims) -> str | None:
+    if not dims.mapped:
+        return None
+    if method.by_head(dims) or method.repetition is not None:
+        return "the map of query heads is data, so what each kv head is read by is not known beforehand"
+    return None
 
 
 def _wrong_field(method: CacheMethod) -> str | None:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.cache.policy import Repetition
-from kvjax.cache.prompt import group_filled, group_queries, rotate, ungroup
+from kvjax.cache.prompt import all_keys, finish, group_filled, group_queries, rotate, ungroup
 from kvjax.cache.step import Step
 from kvjax.typing import Array
 from pallas_kernels import DenseLoader, attention_mass, decode_attention, merge, prefill_attention
@@ -42,7 +42,7 @@ class Repeating:
     def step(self, step: Step) -> tuple[Array, Repeating]:
         """Attention [B, Q, N, H] to the prompt and, causally, to the step itself; nothing of the step is kept."""
         queries, context = rotate(step, group_queries(step)), self.context
-        keys, own_keys = (rotate(x, x.keys.swapaxes(1, 2)) for x in (context, step))
+        keys, own_keys = (rotate(x, all_keys(x)) for x in (context, step))
         batch, heads, group, count, head_dim = queries.shape
         rows = queries.reshape(batch, heads, group * count, head_dim)
         out, lse = decode_attention(
@@ -66,15 +66,15 @@ class Repeating:
             softcap=step.softcap,
         )
         merged, _ = merge([(out, lse), (own.reshape(out.shape), own_lse.reshape(lse.shape))])
-        output = ungroup(step, merged.reshape(queries.shape).astype(step.queries.dtype))
-        return output, dataclasses.replace(self, scores=self._scored(step, queries, keys, own_keys))
+        output = ungroup(step, merged.reshape(*queries.shape[:4], -1).astype(step.queries.dtype))
+        return finish(step, output), dataclasses.replace(self, scores=self._scored(step, queries, keys, own_keys))
 
     def _scored(self, step: Step, queries: Array, keys: Array, own_keys: Array) -> Array:
         """The scores, with those of the piece: the largest probability of each token in a softmax over the first
         tokens, the piece, and what of the repetition a query sees."""
         filled = group_filled(step)
         if not filled.all():  # a place without a query head of its own repeats the group's first
-            queries = jnp.where(filled[:, :, None, None], queries, queries[:, :, :1])
+            queries = jnp.where(filled[..., None, None], queries, queries[:, :, :1])
         first = jnp.broadcast_to(jnp.arange(self.sinks, dtype=jnp.int32), (len(self.start), self.sinks))
         piece = self.start[:, None] + jnp.arange(self.size, dtype=jnp.int32)
         places = jnp.concatenate([first, piece], axis=1)

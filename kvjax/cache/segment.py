@@ -14,7 +14,7 @@ from kvjax.cache.policy.seen import Prompt
 from kvjax.cache.selector import Chosen
 from kvjax.cache.step import Step
 from kvjax.typing import Array, PyTree
-from pallas_kernels import RotatedLoader, cache_update, decode_attention
+from pallas_kernels import ConcatLoader, RotatedLoader, cache_update, decode_attention
 from pallas_kernels.loader import Loader
 from pallas_kernels.rows import Rows, each
 
@@ -63,13 +63,13 @@ class Segment:
         """No tokens; `slots` is a multiple of both codecs' blocks. data: what the codecs were calibrated to."""
         return cls(
             keys=key_codec.empty(dims, slots // key_codec.block),
-            values=value_codec.empty(dims, slots // value_codec.block),
+            values=value_codec.empty(dims.of_values, slots // value_codec.block),
             positions=jnp.full((dims.batch, dims.kv_heads if per_head else 1, slots), EMPTY, jnp.int32),
             stats=jnp.zeros((dims.batch, dims.kv_heads, slots), jnp.float32) if stats else None,
             key_codec=key_codec,
             value_codec=value_codec,
             key_params=key_codec.parameters(dims, data[0]),
-            value_params=value_codec.parameters(dims, data[1]),
+            value_params=value_codec.parameters(dims.of_values, data[1]),
         )
 
     @property
@@ -129,6 +129,7 @@ class Segment:
         query_positions: Array,
         logits: bool,
         chosen: Chosen | None = None,
+        lowered: Array | None = None,
     ) -> tuple[Array, ...]:
         """As `pallas_kernels.decode_attention`, over the slots of this segment, or of some of its pages.
 
@@ -136,10 +137,16 @@ class Segment:
           queries: [B, K, R, H], rotated. query_positions: int32 [B, R].
           places: int32 [B, K or 1, S], by which the keys are rotated, or None where they are stored rotated.
           logits: whether to return those too. chosen: what is read; None is everything.
+          lowered: f32 [B, K or 1, S], by how much the logits of each slot are lowered, or None.
         """
         keys = self.key_loader
         if places is not None and step.rope is not None:
             keys = RotatedLoader(keys, places, step.rope)
+        if step.latent is not None:
+            keys = ConcatLoader((self.value_loader, keys))
+        bias = self.bias
+        if lowered is not None:
+            bias = -lowered if bias is None else bias - lowered
         windowed = step.window is not None
         valid, positions = self.valid, self.positions
         if chosen is not None:
@@ -155,7 +162,7 @@ class Segment:
             window=step.window,
             scale=step.scale,
             softcap=step.softcap,
-            bias=self.bias,
+            bias=bias,
             return_logits=logits,
         )
 

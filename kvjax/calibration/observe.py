@@ -56,7 +56,7 @@ def observe(
 
 @partial(jax.jit, static_argnames=("module", "look"))
 def _observe(module: Transformer, look: Look, params: PyTree, tokens: Array, lengths: Array) -> tuple[PyTree, ...]:
-    empty = tuple(_Looking(jnp.zeros_like(lengths), look) for _ in range(module.config.num_layers))
+    empty = tuple(_Looking(jnp.zeros_like(lengths), look) for _ in module.config.owners)
     valid = jnp.arange(tokens.shape[1]) < lengths[:, None]
     _, seen = module.apply({"params": params}, tokens, cache=empty, valid=valid, logits_at=lengths - 1)
     return seen  # pyright: ignore[reportReturnType]
@@ -100,7 +100,12 @@ def _sensitivities(
 ) -> tuple[tuple[Pair, ...], tuple[Pair, ...]]:
     config = module.config
     dtype = params["embed"]["embedding"].dtype
-    nothing = jnp.zeros((*tokens.shape, config.num_kv_heads, config.head_dim), dtype)
+    nothing = [
+        Pair(
+            *(jnp.zeros((*tokens.shape, shape.kv_heads, width), dtype) for width in (shape.head_dim, shape.value_width))
+        )
+        for shape in map(config.cache_shape, config.owners)
+    ]
     valid = jnp.arange(tokens.shape[1]) < lengths[:, None]
 
     def loss(shifts: tuple[Pair, ...]) -> tuple[Array, tuple[Pair, ...]]:
@@ -111,5 +116,5 @@ def _sensitivities(
         means = jnp.where(counted, surprisal, 0.0).sum(-1) / jnp.maximum(counted.sum(-1), 1)
         return means.sum(), seen  # pyright: ignore[reportReturnType]
 
-    gradients, seen = jax.grad(loss, has_aux=True)((Pair(nothing, nothing),) * config.num_layers)
+    gradients, seen = jax.grad(loss, has_aux=True)(tuple(nothing))
     return seen, gradients

@@ -18,6 +18,8 @@ from kvjax.errors import UsageError
 from kvjax.typing import Array
 
 STEPS = 40
+LEAST = 0.01
+"""The smallest share of a layer: without it one whose attention is on its first tokens alone would get no free slot."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +29,7 @@ class PrefixShares:
     PrefixKV (Wang et al., 2024, arXiv:2412.03409): a token's importance is the attention that it receives, summed over
     queries and heads. The lengths are those for the method's budget at the samples' length, so they should be as long
     as the prompts to come; shares are of what layers keep besides sinks and recent window. The release stops its
-    bisection at an error of 5 tokens and scales; here it has 40 steps.
+    bisection at an error of 5 tokens and scales; here it has 40 steps. No layer's share is below `LEAST`.
     """
 
     @property
@@ -59,7 +61,7 @@ class PrefixShares:
                 f"method {method.name!r}: its budget leaves nothing to share among layers at the samples' "
                 f"{samples.length} tokens; give longer samples or another budget"
             )
-        shares = tuple(float(share) for share in np.round(free / free.sum(), 6))
+        shares = tuple(float(share) for share in np.round(np.maximum(free / free.sum(), LEAST), 6))
         spelled = ", ".join(f"{share:.2f}" for share in shares)
         return Found(dataclasses.replace(method, budget=dataclasses.replace(budget, shares=shares)), (), (spelled,))
 

@@ -56,9 +56,7 @@ def cache_dims(
     return [
         CacheDims(
             batch=batch,
-            kv_heads=config.num_kv_heads,
             query_heads=config.num_heads,
-            head_dim=config.head_dim,
             max_length=max_length,
             prompt_length=prompt_length,
             dtype=dtype,
@@ -66,8 +64,9 @@ def cache_dims(
             width=config.embed_dim,
             layer=layer,
             layers=config.num_layers,
+            **dataclasses.asdict(config.cache_shape(layer)),
         )
-        for layer in range(config.num_layers)
+        for layer in config.owners
     ]
 
 

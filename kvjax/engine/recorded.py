@@ -25,7 +25,7 @@ def record_prompt(
 ) -> tuple[Array, tuple[RecordedPrompt, ...]]:
     """The exact pass over prompts int32 [B, P]: the logits after each row's last token f32 [B, V], and every layer's
     prompt."""
-    empty = tuple(PromptRecorder(jnp.zeros_like(lengths)) for _ in range(module.config.num_layers))
+    empty = tuple(PromptRecorder(jnp.zeros_like(lengths)) for _ in module.config.owners)
     valid = jnp.arange(tokens.shape[1]) < lengths[:, None]
     logits, layers = module.apply({"params": params}, tokens, cache=empty, valid=valid, logits_at=lengths - 1)
     return logits[:, 0], layers  # pyright: ignore[reportReturnType]

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from kvjax.cache.codec import Identity
+from kvjax.cache.layout import CacheDims
 from kvjax.cache.method import CacheMethod
 from kvjax.cache.model_cache import ModelCache
 from kvjax.cache.pool import Part
@@ -150,7 +151,12 @@ def _time_decode(batch: Batch, method: CacheMethod) -> Timing:
 def _bits_per_element(cache: ModelCache) -> float:
     stored = [(s, part.dims) for layer in cache for part in layer.parts for s in part.segments]
     size = sum(leaf.nbytes for s, _ in stored for leaf in jax.tree.leaves(s.stores))
-    return 8 * size / sum(2 * d.batch * d.kv_heads * d.head_dim * s.per_head(d.kv_heads)[1] for s, d in stored)
+    return 8 * size / sum(_channels(d) * d.batch * d.kv_heads * s.per_head(d.kv_heads)[1] for s, d in stored)
+
+
+def _channels(dims: CacheDims) -> int:
+    """Of a key and a value together."""
+    return dims.head_dim + dims.of_values.head_dim
 
 
 def _held(cache: ModelCache, of: Callable[[Part], bool] = lambda _: True) -> float:

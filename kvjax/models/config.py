@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal, get_args
 
+from kvjax.attention import AttentionConfig, AttentionKind, CacheShape, GroupedQuery, SharedKeyValues
 from kvjax.attention.rope import RopeConfig
 from kvjax.errors import UsageError
 
@@ -14,6 +15,7 @@ Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
 
 _PLAIN_ROPE = RopeConfig()
+_SHARED = SharedKeyValues()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +25,9 @@ class TransformerConfig:
     Attributes:
       vocab_size, embed_dim, num_layers, num_heads, num_kv_heads, head_dim, mlp_dim: V, D, L, N, K, H, F.
       max_positions: the context length the model was made for.
+      attention: the variant of attention (`kvjax.attention`).
+      kv_layers: for each layer the layer whose keys and values it reads: itself, or an earlier one that reads its own
+        (cross-layer sharing: Brandon et al., 2024, arXiv 2405.12981); () means that every layer has its own.
       rope: rotary embedding, or None for no position signal.
       local_rope: rotary embedding of the layers that have a window; None means `rope`.
       windows: sliding window in tokens per layer (None = full attention); () means no layer has one.
@@ -50,6 +55,8 @@ class TransformerConfig:
     head_dim: int
     mlp_dim: int
     max_positions: int
+    attention: AttentionKind = GroupedQuery()
+    kv_layers: tuple[int, ...] = ()
     rope: RopeConfig | None = _PLAIN_ROPE
     local_rope: RopeConfig | None = None
     windows: tuple[int | None, ...] = ()
@@ -78,10 +85,15 @@ class TransformerConfig:
                 raise UsageError(f"{name} must be positive or None, got {value}.")
         if self.activation not in get_args(Activation):
             raise UsageError(f"unknown activation {self.activation!r}; one of {', '.join(get_args(Activation))}.")
-        if self.head_dim % 2 and self.rope is not None:
-            raise UsageError(f"head_dim {self.head_dim} is odd, but rotary embedding turns pairs of channels.")
         self._check_windows()
         self._check_heads()
+        self._check_kv_layers()
+        for layer in range(self.num_layers):
+            sizes = self.attention_config(layer)
+            self.attention.check(sizes)
+            turned = self.attention.rotary_dim(sizes)
+            if turned % 2 and self.rope is not None:
+                raise UsageError(f"head_dim {turned} is odd, but rotary embedding turns pairs of channels.")
 
     def _check_windows(self) -> None:
         if self.windows and len(self.windows) != self.num_layers:
@@ -108,9 +120,65 @@ class TransformerConfig:
                 f"kv_head_of_query {self.kv_head_of_query} names a head outside 0..{self.num_kv_heads - 1}."
             )
 
+    def _check_kv_layers(self) -> None:
+        if not self.kv_layers:
+            return
+        if len(self.kv_layers) != self.num_layers:
+            raise UsageError(
+                f"kv_layers has {len(self.kv_layers)} entries for {self.num_layers} layers; give one each."
+            )
+        for layer, owner in enumerate(self.kv_layers):
+            if not 0 <= owner <= layer or self.kv_layers[owner] != owner:
+                raise UsageError(
+                    f"kv_layers {self.kv_layers}: layer {layer} reads the keys and values of {owner}, which must be "
+                    "the layer itself or an earlier one that reads its own."
+                )
+            if owner != layer and not isinstance(self.attention, GroupedQuery):
+                raise UsageError("kv_layers: layers share keys and values of grouped-query attention only.")
+            if self.window_of(layer) != self.window_of(owner):
+                raise UsageError(
+                    f"kv_layers: layer {layer} has another window than layer {owner}, whose cache it reads."
+                )
+
+    @property
+    def owners(self) -> tuple[int, ...]:
+        """The layers that have keys and values, and so a cache, of their own."""
+        return tuple(layer for layer in range(self.num_layers) if self.owner_of(layer) == layer)
+
+    def owner_of(self, layer: int) -> int:
+        """The layer whose keys and values `layer` reads."""
+        return self.kv_layers[layer] if self.kv_layers else layer
+
+    def attention_of(self, layer: int) -> AttentionKind:
+        """What makes the attention of `layer`."""
+        return self.attention if self.owner_of(layer) == layer else _SHARED
+
+    def attention_config(self, layer: int) -> AttentionConfig:
+        """What the attention of `layer` is told."""
+        return AttentionConfig(
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            scale=self.scale,
+            window=self.window_of(layer),
+            softcap=self.attention_softcap,
+            kv_head_of_query=self.kv_head_of_query,
+            qkv_bias=self.qkv_bias,
+            output_bias=self.output_bias,
+            qk_norm=self.qk_norm,
+            norm_eps=self.norm_eps,
+            norm_offset=self.norm_offset,
+            layer=layer,
+            layers=self.num_layers,
+        )
+
+    def cache_shape(self, layer: int) -> CacheShape:
+        """What the cache of `layer` holds."""
+        return self.attention.cache_shape(self.attention_config(layer))
+
     @property
     def scale(self) -> float:
-        """The factor on q·k."""
+        """The factor on q·k of grouped-query attention; variants may have one of their own."""
         return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
 
     def window_of(self, layer: int) -> int | None:

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from kvjax.attention.grouped_query import GroupedQueryAttention, LayerCacheProtocol
+from kvjax.attention.base import LayerCacheProtocol
 from kvjax.attention.norm import RMSNorm
 from kvjax.attention.projection import Projection
 from kvjax.models.config import Activation, TransformerConfig
@@ -74,22 +74,7 @@ class DecoderLayer(nn.Module):
     ) -> tuple[Array, Any]:
         """x [B, T, D] -> (x [B, T, D], next layer cache or None)."""
         config = self.config
-        attention = GroupedQueryAttention(
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            scale=config.scale,
-            window=config.window_of(self.index),
-            softcap=config.attention_softcap,
-            kv_head_of_query=config.kv_head_of_query,
-            qkv_bias=config.qkv_bias,
-            output_bias=config.output_bias,
-            qk_norm=config.qk_norm,
-            norm_eps=config.norm_eps,
-            norm_offset=config.norm_offset,
-            dtype=self.dtype,
-            name="attention",
-        )
+        attention = config.attention_of(self.index).module(config.attention_config(self.index), self.dtype, "attention")
         mlp = GatedMLP(config.mlp_dim, config.activation, config.mlp_bias, self.dtype, name="mlp")
         attended, cache = attention(
             self._norm("attention_norm")(x), positions=positions, valid=valid, rope=rope, cache=cache

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from kvjax.attention.norm import RMSNorm
 from kvjax.attention.projection import Projection
+from kvjax.cache.shared import Sharing
 from kvjax.models.config import RopeConfig, TransformerConfig
 from kvjax.models.inputs import check_inputs
 from kvjax.models.layers import DecoderLayer, Embedding
@@ -42,7 +43,8 @@ class Transformer(nn.Module):
         Args:
           tokens: int32 [B, T], padded on the right.
           positions: int32 [B, T]; by default they go on from the cache's length, or start at 0.
-          cache: one layer cache per layer, or None for attention among these tokens alone.
+          cache: one layer cache per layer that has keys and values of its own (all, but for `kv_layers`), or None for
+            attention among these tokens alone.
           valid: bool [B, T], False on padding; all True by default.
           logits_at: int32 [B], the only index of each row whose logits are wanted.
 
@@ -53,7 +55,7 @@ class Transformer(nn.Module):
           UsageError: an argument of another shape or dtype; found while tracing.
         """
         config = self.config
-        check_inputs(config.num_layers, tokens, positions, cache, valid, logits_at)
+        check_inputs(len(config.owners), tokens, positions, cache, valid, logits_at)
         positions = _positions(tokens, cache) if positions is None else positions
         valid = jnp.ones(tokens.shape, bool) if valid is None else valid
         ropes = self._ropes(jnp.max(jnp.where(valid, positions, 0)) + 1)
@@ -62,17 +64,16 @@ class Transformer(nn.Module):
         x = embed(tokens)
         if config.embed_scale != 1.0:
             x = x * jnp.asarray(config.embed_scale, x.dtype)
-        layer_caches = []
+        held = dict(zip(config.owners, cache or (None,) * len(config.owners), strict=True))
+        if config.kv_layers:
+            held = {owner: Sharing(one) for owner, one in held.items()}
         for index in range(config.num_layers):
             layer = DecoderLayer(config, index, self.dtype, name=f"layers_{index}")
-            x, layer_cache = layer(
-                x,
-                positions=positions,
-                valid=valid,
-                rope=ropes[config.rope_of(index)],
-                cache=None if cache is None else cache[index],
+            owner = config.owner_of(index)
+            x, held[owner] = layer(
+                x, positions=positions, valid=valid, rope=ropes[config.rope_of(index)], cache=held[owner]
             )
-            layer_caches.append(layer_cache)
+        layer_caches = [one.close() if config.kv_layers else one for one in held.values()]
         if logits_at is not None:
             x = jnp.take_along_axis(x, logits_at[:, None, None], axis=1)
         x = RMSNorm(config.norm_eps, config.norm_offset, self.dtype, name="final_norm")(x)
@@ -81,7 +82,8 @@ class Transformer(nn.Module):
     def _ropes(self, length: Array) -> dict[RopeConfig | None, Rope | None]:
         """One table per distinct rotary embedding of the layers."""
         kinds = {self.config.rope_of(index) for index in range(self.config.num_layers)}
-        return {kind: None if kind is None else kind.table(self.config.head_dim, length) for kind in kinds}
+        turned = self.config.attention.rotary_dim(self.config.attention_config(0))
+        return {kind: None if kind is None else kind.table(turned, length) for kind in kinds}
 
     def _logits(self, embed: Embedding, x: Array) -> Array:
         config = self.config

@@ -44,7 +44,7 @@ def prefill_attention(
     Args:
       q: [B, K, G, T, H], rotated.
       k: [B, K, T, H], rotated.
-      v: [B, K, T, H].
+      v: [B, K, T, H'].
       valid: bool [B, T], True for a prefix of each row; False marks right padding.
       window: sliding window in tokens, or None.
       scale: multiplies q·k.
@@ -55,7 +55,7 @@ def prefill_attention(
       implementation: 'pallas_tpu', 'xla' or 'reference'; None picks.
 
     Returns:
-      out [B, K, G, T, H] in the dtype of q and lse f32 [B, K, G, T]. Where a query is invalid or sees no key, out is 0
+      out [B, K, G, T, H'] in the dtype of q and lse f32 [B, K, G, T]. Where a query is invalid or sees no key, out is 0
       and lse is -inf. With `selection` also hidden f32 [B, J, T]: by how much the logits of a query behind the last
       valid one would be lowered; a cache carries it on, and may give up the keys that have most.
 
@@ -64,9 +64,9 @@ def prefill_attention(
       NotImplementedError: the named implementation cannot do this.
     """
     batch, heads, _, tokens, dim = q.shape if q.ndim == 5 else (0,) * 5
-    if q.ndim != 5 or k.shape != (batch, heads, tokens, dim) or v.shape != k.shape:
+    if q.ndim != 5 or k.shape != (batch, heads, tokens, dim) or v.shape[:-1] != k.shape[:-1]:
         raise ValueError(
-            "prefill_attention needs q [B, K, G, T, H] and k, v [B, K, T, H]; got "
+            "prefill_attention needs q [B, K, G, T, H], k [B, K, T, H] and v [B, K, T, H']; got "
             f"q {q.shape}, k {k.shape}, v {v.shape}"
         )
     if valid.shape != (batch, tokens):

@@ -40,14 +40,19 @@ def run(
       NotImplementedError: a dtype other than float32 and bfloat16, or mixed ones; H or C above 256; so many tokens that
         the list of tiles outgrows scalar memory.
     """
+    width, read = max(k.shape[-1], v.shape[-1]), v.shape[-1]
+    if k.shape[-1] != v.shape[-1]:  # zeros change no logit, and what they add to the output is cut off
+        q, k, v = (jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width - x.shape[-1])]) for x in (q, k, v))
     tiles = Tiles.of(q, window, scale, softcap)
     _check(tiles, q, k, v, *(selection or ()))
     if temperature is not None:
         factors = temperature[:, None, None] if temperature.ndim == 2 else temperature
         temperature = jnp.broadcast_to(factors.astype(jnp.float32), q.shape[:4])
     if selection is None:
-        return _attend(tiles, q, k, v, temperature, valid)  # pyright: ignore[reportGeneralTypeIssues]
-    return _select(tiles, q, k, v, temperature, valid, selection)  # pyright: ignore[reportGeneralTypeIssues]
+        out, *rest = _attend(tiles, q, k, v, temperature, valid)  # pyright: ignore[reportGeneralTypeIssues]
+    else:
+        out, *rest = _select(tiles, q, k, v, temperature, valid, selection)  # pyright: ignore[reportGeneralTypeIssues]
+    return out[..., :read], *rest
 
 
 def _check(tiles: Tiles, *arrays: jax.Array) -> None:

@@ -55,7 +55,7 @@ def run(
         lane = jax.vmap(jax.checkpoint(partial(selective.lane, plan)))
         chooser = (prepare(selection[0], scale), prepare(selection[1]))
         results = over_lanes(lane, (*args, *chooser), _together(plan, groups + 1))
-    out = results[0][:, :, :tokens].reshape(q.shape)
+    out = results[0][:, :, :tokens].reshape(*q.shape[:4], v.shape[-1])
     lse = results[1][:, :, :tokens].reshape(q.shape[:4])
     if selection is None:
         return out.astype(q.dtype), lse
@@ -79,9 +79,9 @@ def _together(plan: Plan, groups: int) -> int:
 def _attend(
     plan: Plan, q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array, temperature: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """q [lanes, G, T, H], k and v [lanes, T, H], seen [lanes, T], temperature [lanes, G, T] or None.
+    """q [lanes, G, T, H], k [lanes, T, H], v [lanes, T, H'], seen [lanes, T], temperature [lanes, G, T] or None.
 
-    Returns out [lanes, G, T, H], lse [lanes, G, T].
+    Returns out [lanes, G, T, H'], lse [lanes, G, T].
     """
     lane = jax.vmap(partial(_forward_lane, plan))
     return over_lanes(lane, (q, k, v, seen, temperature), _together(plan, q.shape[1]))

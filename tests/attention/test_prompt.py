@@ -43,13 +43,13 @@ def head_map(name: str) -> list[int]:
 @pytest.mark.parametrize("name", MAPS)
 def test_grouping_puts_each_query_head_under_its_kv_head(name: str) -> None:
     step = make_step(name)
-    grouped, filled = group_queries(step), group_filled(step)
+    grouped, filled = group_queries(step), np.asarray(group_filled(step))
     members = [[head for head, kv in enumerate(head_map(name)) if kv == group] for group in range(MAPS[name][2])]
-    assert grouped.shape == (B, *filled.shape, T, H)
-    assert filled.sum(axis=1).tolist() == [len(group) for group in members]
+    assert grouped.shape == (B, *filled.shape[1:], T, H)
+    assert filled[0].sum(axis=1).tolist() == [len(group) for group in members]
     for kv, group in enumerate(members):
         np.testing.assert_array_equal(grouped[:, kv, : len(group)], jnp.moveaxis(step.queries[:, :, group], 2, 1))
-    poisoned = jnp.where(filled[:, :, None, None], grouped, jnp.nan)
+    poisoned = jnp.where(filled[..., None, None], grouped, jnp.nan)
     np.testing.assert_array_equal(ungroup(step, poisoned), step.queries)
 
 
@@ -67,7 +67,7 @@ def test_prompt_attention_equals_the_oracle(name: str, window: int | None) -> No
                 keys, values = k[first : position + 1, kv], np.asarray(step.values)[row, first : position + 1, kv]
                 expected, _ = attend_one(q[position, head] * 0.3 * np.sqrt(H), keys, values, softcap=0.9)
                 np.testing.assert_allclose(out[row, position, head], expected, atol=2e-6)
-    empty = np.broadcast_to(~group_filled(step)[:, :, None], lse.shape[1:])
+    empty = np.broadcast_to(~np.asarray(group_filled(step))[0, :, :, None], lse.shape[1:])
     assert (np.isposinf(lse) == empty).all()
 
 

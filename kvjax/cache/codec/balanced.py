@@ -39,7 +39,7 @@ class Balanced(Wrapped):
 
     def fitted(self, params: PyTree, x: Array, prompt: Prompt) -> Array:
         exists = prompt.valid[:, None, :, None]
-        reads = jnp.asarray(group_filled(prompt.step))[None, :, :, None, None]
+        reads = jnp.asarray(group_filled(prompt.step))[..., None, None]
         queries = jnp.where(exists[:, :, None] & reads, jnp.abs(prompt.queries.astype(jnp.float32)), 0.0).max((2, 3))
         keys = jnp.where(exists, jnp.abs(x.astype(jnp.float32)), 0.0).max(2)
         return jnp.sqrt(jnp.maximum(queries, FLOOR) / jnp.maximum(keys, FLOOR))

@@ -67,7 +67,7 @@ class ChannelSubset(Wrapped):
 
     def fitted(self, params: PyTree, x: Array, prompt: Prompt) -> Array:
         queries, _, exists = prompt.last_queries(self.window)
-        seen = exists[:, None, None, :, None] & jnp.asarray(group_filled(prompt.step))[None, :, :, None, None]
+        seen = exists[:, None, None, :, None] & jnp.asarray(group_filled(prompt.step))[..., None, None]
         needed = jnp.where(seen, queries.astype(jnp.float32) ** 2, 0.0).sum((2, 3))
         present = jnp.where(prompt.valid[:, None, :, None], x.astype(jnp.float32) ** 2, 0.0).sum(2)
         _, chosen = jax.lax.top_k(needed * present, self.channels(x.shape[-1]))

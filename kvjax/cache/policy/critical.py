@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from kvjax.cache.policy.seen import Prompt, Slots, Tokens, ranks
 from kvjax.cache.policy.wrapper import Wrapper
-from kvjax.cache.prompt import group_filled, group_queries
+from kvjax.cache.prompt import group, group_filled
 from kvjax.errors import UsageError
 from kvjax.typing import Array
 
@@ -58,14 +58,16 @@ def projected_norms(tokens: Tokens) -> Array:
     """f32 [B, K, T]: |W_O v|_1, the mean over the query heads that read a kv head.
 
     Raises:
-      UsageError: the step has no output projection.
+      UsageError: the step has no output projection, or its head map is data.
     """
     step = tokens.step
     if step.output_projection is None:
         raise UsageError("CriticalKV needs the output projection: pass it to `attend`, or as Step.output_projection")
-    projection, filled = step.output_projection, jnp.asarray(group_filled(step))
+    if step.head_map is not None:
+        raise UsageError("CriticalKV needs to know which query heads read a kv head, and here the map is data")
+    projection, filled = step.output_projection, jnp.asarray(group_filled(step)[0])
     numbers = jnp.arange(projection.shape[0], dtype=jnp.int32)[None, None, :, None]
-    query_heads = group_queries(dataclasses.replace(step, queries=numbers)).reshape(filled.shape)
+    query_heads = group(step, numbers).reshape(filled.shape)
     values = tokens.values.swapaxes(0, 1).astype(jnp.float32)
     heads, batch, count, width = values.shape
     block = max(1, min(batch * count, BLOCK_ELEMENTS // projection.shape[-1]))

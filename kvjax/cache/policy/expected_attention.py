@@ -50,15 +50,15 @@ class ExpectedAttention(Policy):
         filled = jnp.asarray(group_filled(prompt.step))
 
         def of_head(total: Array, head: tuple[Array, Array]) -> tuple[Array, None]:
-            queries, exists = head  # [B, K, T, H] unrotated, bool [K]
+            queries, exists = head  # [B, K, T, H] unrotated, bool [1 or B, K]
             z = self._exponent(queries, keys, counted, rotation, prompt.step.scale)
             p = jax.nn.softmax(jnp.where(counted, z, -jnp.inf), axis=-1, where=counted)
-            return total + jnp.where(exists[:, None], p, 0.0), None
+            return total + jnp.where(exists[..., None], p, 0.0), None
 
         zero = jnp.zeros(keys.shape[:3], jnp.float32)
         queries = jnp.moveaxis(prompt.unrotated_queries, 2, 0)
-        total, _ = jax.lax.scan(of_head, zero, (queries, filled.swapaxes(0, 1)))
-        mean = total / filled.sum(-1)[:, None]
+        total, _ = jax.lax.scan(of_head, zero, (queries, jnp.moveaxis(filled, 2, 0)))
+        mean = total / jnp.maximum(filled.sum(-1), 1)[..., None]
         scores = (mean + self.epsilon) * jnp.linalg.norm(prompt.values.astype(jnp.float32), axis=-1)
         scores = jnp.where(counted, scores, 0.0)
         return jnp.where(counted, scores, scores.max(-1, keepdims=True) + 1.0)
@@ -98,9 +98,10 @@ class AverageRotation:
         return cls(jnp.cos(angles).mean(1) * rope.amplitude, jnp.sin(angles).mean(1) * rope.amplitude)
 
     def turn(self, x: Array) -> Array:
-        """R x for vectors x [B, ..., H]."""
+        """R x for vectors x [B, ..., H], of which the last channels are rotated."""
         if self.cos is None or self.sin is None:
             return x
+        fixed, x = jnp.split(x, [x.shape[-1] - 2 * self.cos.shape[-1]], axis=-1)
         cos, sin = (y.reshape(y.shape[0], *(1,) * (x.ndim - 2), y.shape[-1]) for y in (self.cos, self.sin))
         low, high = jnp.split(x, 2, axis=-1)
-        return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
+        return jnp.concatenate([fixed, low * cos - high * sin, high * cos + low * sin], axis=-1)

@@ -21,7 +21,7 @@ class KeyDiff(Policy):
     """
 
     def initial_state(self, dims: CacheDims) -> PyTree:
-        return jnp.zeros((dims.batch, dims.kv_heads, dims.head_dim), jnp.float32)
+        return jnp.zeros((dims.batch, dims.kv_heads, dims.key_width), jnp.float32)
 
     def next_state(self, state: PyTree, tokens: Tokens) -> PyTree:
         return state + _unit(tokens.keys).sum(axis=2, where=tokens.valid[:, None, :, None])

@@ -52,8 +52,8 @@ class Redundancy(Policy):
         shape = (dims.batch, dims.kv_heads, self.window)
         group = dims.query_heads // dims.kv_heads
         return {
-            "queries": jnp.zeros((*shape, group, dims.head_dim), jnp.float32),
-            "keys": jnp.zeros((*shape, dims.head_dim), dims.dtype),
+            "queries": jnp.zeros((*shape, group, dims.key_width), jnp.float32),
+            "keys": jnp.zeros((*shape, dims.key_width), dims.dtype),
         }
 
     def next_state(self, state: PyTree, tokens: Tokens) -> PyTree:

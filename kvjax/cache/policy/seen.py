@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from kvjax.cache.prompt import group_queries, rotate
+from kvjax.cache.prompt import all_keys, group_queries, rotate
 from kvjax.cache.step import Step
 from kvjax.typing import Array, PyTree
 from pallas_kernels import attention_mass
@@ -59,8 +59,8 @@ class Tokens:
 
     @property
     def keys(self) -> Array:
-        """[B, K, T, H], rotated."""
-        return rotate(self.step, self.step.keys.swapaxes(1, 2))
+        """[B, K, T, H], rotated, as queries meet them: behind the latent, where there is one."""
+        return rotate(self.step, all_keys(self.step))
 
     @property
     def unrotated_queries(self) -> Array:
@@ -69,8 +69,13 @@ class Tokens:
 
     @property
     def unrotated_keys(self) -> Array:
-        """[B, K, T, H]."""
-        return self.step.keys.swapaxes(1, 2)
+        """[B, K, T, H], as `keys`."""
+        return all_keys(self.step)
+
+    def stored_keys(self, unrotated: bool) -> Array:
+        """[B, K, T, H] for a store of keys: without the latent, which the values are."""
+        keys = self.step.keys.swapaxes(1, 2)
+        return keys if unrotated else rotate(self.step, keys)
 
     @property
     def values(self) -> Array:
@@ -95,10 +100,16 @@ class Tokens:
             return jnp.take_along_axis(x, index.reshape(index.shape[0], number, *(1,) * (x.ndim - 2)), axis=1)
 
         step = self.step
+        latent = step.latent
         step = dataclasses.replace(
-            step, queries=take(step.queries), keys=take(step.keys), positions=take(step.positions)
+            step,
+            queries=take(step.queries),
+            keys=take(step.keys),
+            values=take(step.values),
+            positions=take(step.positions),
+            latent=None if latent is None else dataclasses.replace(latent, queries=take(latent.queries)),
         )
-        return rotate(step, group_queries(step)), rotate(step, step.keys.swapaxes(1, 2)), places
+        return rotate(step, group_queries(step)), rotate(step, all_keys(step)), places
 
 
 @jax.tree_util.register_dataclass
@@ -165,6 +176,7 @@ class Slots:
       head_index: int32 [K].
       keys, values: f32 [B, K, S, H], decoded, as they are stored (rotated, unless the method stores them unrotated).
       state, data: as in `Tokens`; the state has seen all `seen` tokens.
+      hiding: f32 [B, K or 1, S], by how much logits are lowered at each token (selective attention), or None.
     """
 
     positions: Array
@@ -175,3 +187,4 @@ class Slots:
     values: Array = None  # pyright: ignore[reportAssignmentType]
     state: PyTree = None
     data: PyTree = None
+    hiding: Array | None = None

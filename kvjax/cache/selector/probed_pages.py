@@ -86,7 +86,7 @@ class ProbedPages(Selector):
     def index(self, dims: CacheDims, pages: int) -> Probed:
         heads = dims.batch, dims.kv_heads
         return Probed(
-            jnp.zeros((*heads, pages, dims.head_dim), jnp.float32),
+            jnp.zeros((*heads, pages, dims.key_width), jnp.float32),
             jnp.zeros(heads, jnp.float32),
             jnp.full(heads, self.tokens // self.size, jnp.int32),
         )

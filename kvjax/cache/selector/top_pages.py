@@ -53,7 +53,7 @@ class TopPages(Selector):
         return self.size
 
     def index(self, dims: CacheDims, pages: int) -> Bounds:
-        shape = (dims.batch, dims.kv_heads, pages, dims.head_dim)
+        shape = (dims.batch, dims.kv_heads, pages, dims.key_width)
         return Bounds(jnp.full(shape, FAR, dims.dtype), jnp.full(shape, -FAR, dims.dtype))
 
     def indexed(self, index: Bounds, keys: Array, valid: Array, page: Array) -> Bounds:
