@@ -74,7 +74,7 @@ def main(config: Config) -> None:
         layers=config.layers,
         reserve=method_cost.reserved(config.rounds),
     )
-    names = config.methods or tuple(METHODS)
+    names = config.methods or tuple(name for name in METHODS if not METHODS[name]().policy.needs_hiding)
     method_cost.check(names, setting)
     forget_programs()
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)

@@ -33,6 +33,8 @@ class Config:
       examples: per task and seed.
       batch: rows at a time.
       dtype: of tokens that a cache stores exactly.
+      beside: other models (folders) of the same tokenizer, whose rows "name/method" stand beside those of the model;
+        all sizes are shares of its full cache.
       out: the run's folder; default is a new runs/<time>-compare. The folder of a run that was stopped goes on.
     """
 
@@ -46,6 +48,7 @@ class Config:
     examples: int = defaults.EXAMPLES
     batch: int = defaults.BATCH
     dtype: Literal["bfloat16", "float16", "float32"] = defaults.DTYPE
+    beside: tuple[str, ...] = ()
     out: Path | None = None
 
 
@@ -66,16 +69,19 @@ def run(
     import kvjax
     from experiments import compile_cache, record
     from kvjax import progress
+    from kvjax.evaluation import beside
     from kvjax.evaluation.compare import Comparison
-    from kvjax.evaluation.plan import Options, Plan
+    from kvjax.evaluation.plan import Options
 
     compile_cache.enable()
-    fields = [field.name for field in dataclasses.fields(Options)]
-    plan = Plan.make(kvjax.load(model), methods, tasks, Options(**{name: getattr(options, name) for name in fields}))
+    fields = [field.name for field in dataclasses.fields(Options) if hasattr(options, field.name)]
+    models = [kvjax.load(one) for one in (model, *options.beside)]
+    planned = beside.plans(models, methods, tasks, Options(**{name: getattr(options, name) for name in fields}))
     with record.open_run(name, config, out=config.out, seeds=range(options.seeds)) as run:
-        for result in plan.run(done=run.records, track=progress.track):
-            run.append(result)
-        comparison = Comparison(run.records, plan.config)
+        for one in planned:
+            for result in one.run(done=run.records, track=progress.track):
+                run.append(result)
+        comparison = Comparison(run.records, beside.config_of(planned))
         page = comparison.write_report(run.folder, run.info)
     return comparison, page
 

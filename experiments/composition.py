@@ -78,6 +78,7 @@ def samples() -> Parts:
             "Redundancy": policy.Redundancy(),
             "Predicted": policy.Predicted(),
             "Given": policy.Given(),
+            "Hidden": policy.Hidden(),
             "Chunks(Observation)": policy.Chunks(policy.Observation()),
             "Critical(Observation)": policy.Critical(policy.Observation()),
             "OverHeads(KeyDiff)": policy.OverHeads(policy.KeyDiff()),

@@ -76,7 +76,7 @@ def describe(name: str, build: Callable[..., CacheMethod], dims: CacheDims) -> E
     """What a named method is, from its docstring, its signature and the value that it makes."""
     method = build()
     summary, paper = read_docstring(inspect.getdoc(build) or "")
-    here = method.for_layer(dims)
+    here = method.for_layer(dataclasses.replace(dims, selective=method.policy.needs_hiding))
     bits = (here.keys.bits_per_element(dims), here.values.bits_per_element(dims))
     options = ", ".join(f"{p.name}={p.default}" for p in inspect.signature(build).parameters.values())
     return Entry(name, summary, paper, tuple(axes(method)), options.replace("=None", "=…"), bits)

@@ -15,7 +15,7 @@ from kvjax.assets import REFERENCE
 
 if TYPE_CHECKING:
     from kvjax.models.config import TransformerConfig
-    from kvjax.training.step import Forward
+    from kvjax.training.loss import Forward
 
 
 @dataclasses.dataclass(frozen=True)

@@ -154,9 +154,8 @@ def param_specs(params: PyTree, mesh: Mesh, rules: ShardingRules = ShardingRules
     def spec(path: Any, leaf: Array) -> P:
         names = _names(path)
         axes = _PARAMETERS.get(names[-2:], ())
-        sizes = [
-            math.gcd(n, kv_heads[names[:-2]]) if a == "heads" else n for a, n in zip(axes, leaf.shape, strict=False)
-        ]
+        heads = kv_heads.get(names[:-2], 1)  # a layer without kv heads has one latent for all, which is not cut
+        sizes = [math.gcd(n, heads) if a == "heads" else n for a, n in zip(axes, leaf.shape, strict=False)]
         return P(*(rules.axis(a, n, mesh) for a, n in zip(axes, sizes, strict=True)))
 
     return jax.tree_util.tree_map_with_path(spec, params)

@@ -2,7 +2,7 @@
 
 from pallas_kernels.attention_mass import attention_mass
 from pallas_kernels.cache_update import cache_update
-from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.decode_attention import decode_attention, decode_logits, mix_slots
 from pallas_kernels.dispatch import Support
 from pallas_kernels.loader import (
     BlockLoader,
@@ -42,7 +42,9 @@ __all__ = [
     "attention_mass",
     "cache_update",
     "decode_attention",
+    "decode_logits",
     "merge",
+    "mix_slots",
     "prefill_attention",
     "supported",
 ]

@@ -15,12 +15,13 @@ PACKAGES = ("kvjax", "pallas_kernels", "experiments")
 
 #: For each layer what of this repository it may import; a name stands for itself and all below it. The longest
 #: matching name is a module's layer.
-BASE = ("kvjax.__version__", "kvjax.errors", "kvjax.typing", "kvjax.compat", "kvjax.sharding")
+BASE = ("kvjax.__version__", "kvjax.errors", "kvjax.typing", "kvjax.compat", "kvjax.sharding", "kvjax.describe")
 #: All that a model sees of a cache: what it hands over, and attention without one.
 PROTOCOL = ("kvjax.cache.step", "kvjax.cache.prompt", "kvjax.cache.shared")
 LAYERS = {
     "pallas_kernels": ("pallas_kernels",),
     "kvjax.errors": (),
+    "kvjax.describe": ("kvjax.errors",),
     "kvjax.typing": (),
     "kvjax.compat": (),
     "kvjax.progress": (),
@@ -39,7 +40,15 @@ LAYERS = {
         *BASE,
     ),
     "kvjax.engine": ("kvjax.engine", "kvjax.models", "kvjax.cache", *BASE),
-    "kvjax.training": ("kvjax.training", "kvjax.models", "kvjax.tasks", "kvjax.assets", *BASE),
+    "kvjax.training": (
+        "kvjax.training",
+        "kvjax.models",
+        "kvjax.tasks",
+        "kvjax.assets",
+        *PROTOCOL,
+        "kvjax.cache.hiding",
+        *BASE,
+    ),
     "kvjax.convert": ("kvjax.convert", "kvjax.models", "kvjax.cache", *BASE),
     "kvjax.calibration": (
         "kvjax.calibration",

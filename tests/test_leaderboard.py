@@ -35,7 +35,7 @@ def model() -> LanguageModel:
 def test_methods_that_must_be_calibrated_are_named_until_there_is_a_file(model, tmp_path):
     chosen, missing = cells.entrants((), None, model)
     assert {"razor", "duo_attention", "simlayerkv", "prefixkv", "kvzap", "kvquant-3", "cskv"} <= set(missing)
-    assert {one.name for one in chosen} | set(missing) | {FULL} == set(methods.METHODS)
+    assert {one.name for one in chosen} | set(missing) | {FULL, "selective"} == set(methods.METHODS)
 
     method = dataclasses.replace(methods.parse("duo_attention:recent=16,sinks=4"), name="duo_attention")
     Calibrated(method, (LayerData(), LayerData()), weights_digest(model)).save(tmp_path / "duo_attention.safetensors")
@@ -204,6 +204,7 @@ def test_the_page_is_whole_escaped_and_asks_nobody(board):
     )
 
 
+@pytest.mark.slow
 def test_the_command_measures_once_and_goes_on(model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(kvjax, "load", lambda name: model)
     monkeypatch.setattr("kvjax.evaluation.profile.REPEATS", 2)

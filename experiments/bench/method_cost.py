@@ -99,12 +99,12 @@ def measure(
     whole: list[tuple[Compiling, Compiling]] = []
     for place, name in enumerate(dict.fromkeys((FULL, *names))):
         if place % COMPILED_AGAIN == 0:
-            whole.append(bench.enter(FULL).compiling)
+            whole.append(bench.enter(parse(FULL)).compiling)
         method = parse(name)
         if method.repetition is not None:
             left_out[name] = "its scores come from another pass over the model, which a layer cannot make"
             continue
-        entries[name] = bench.enter(name)
+        entries[name] = bench.enter(method)
         advance(note=name)
     make, step = (Compiling(*map(statistics.median, zip(*each, strict=True))) for each in zip(*whole, strict=True))
     entries[FULL].compiling = make, step
@@ -182,9 +182,9 @@ class _Bench:
         for _ in range(calls):
             jax.block_until_ready(self._attention(self._one_row))
 
-    def enter(self, name: str) -> Entry:
+    def enter(self, method: CacheMethod) -> Entry:
         """Compiles a method."""
-        method, setting = parse(name), self.setting
+        setting = self.setting
         method.check(setting.dims)
         data = rising_data(method, setting.dims)
 

@@ -97,6 +97,8 @@ def entrants(named: Sequence[str], folder: Path | None, model: LanguageModel) ->
         method = methods.parse(name)
         if name == REFERENCE or name in made:
             continue
+        if not named and method.policy.needs_hiding and not any(layer.selective for layer in dims):
+            continue  # for models with selective attention only
         if any(finder.fits(method, tuple(dims)) for finder in FINDERS):
             missing.append(name)
         else:

@@ -59,6 +59,7 @@ class Asked:
     tasks: Sequence[str]
     context: int
     query_aware: bool
+    chunk: int
     seeds: int
     examples: int
     batch: int
@@ -85,7 +86,9 @@ class Measured:
 def run(condition: Condition, model: LanguageModel, folder: Path, how: How) -> Measured:
     """Measures what is not yet in the folder; `model` is the one that the condition starts from."""
     model = condition.model(model)
-    options = Options(condition.context, how.seeds, how.examples, how.batch, query_aware=condition.query_aware)
+    options = Options(
+        condition.context, how.seeds, how.examples, how.batch, query_aware=condition.query_aware, chunk=condition.chunk
+    )
     (setting,) = Plan.make(model, (), condition.tasks, options).fitted
     built, missing = {}, {}
     for entry in condition.entries:
@@ -104,6 +107,7 @@ def run(condition: Condition, model: LanguageModel, folder: Path, how: How) -> M
         condition.tasks,
         condition.context,
         condition.query_aware,
+        condition.chunk,
         how.seeds,
         how.examples,
         how.batch,

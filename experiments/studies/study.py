@@ -8,6 +8,7 @@ from typing import Literal
 
 from kvjax.cache.method import CacheMethod
 from kvjax.calibration.finder import Finder
+from kvjax.engine.prefill import CHUNK
 from kvjax.models.language_model import LanguageModel
 
 Measure = Literal["perplexity", "score", "divergence"]
@@ -50,6 +51,7 @@ class Condition:
       entries: the methods; the full cache is always measured besides.
       tasks: names as `kvjax compare` takes them.
       context: tokens of a row. query_aware: whether the question is seen while the cache is compressed.
+      chunk: tokens per step of methods that read a prompt in pieces.
       model: makes of the model the one that is measured.
       why: for a planted condition, what the model itself lacks.
     """
@@ -59,6 +61,7 @@ class Condition:
     tasks: tuple[str, ...]
     context: int = 512
     query_aware: bool = True
+    chunk: int = CHUNK
     model: Callable[[LanguageModel], LanguageModel] = as_it_is
     why: str = ""
 

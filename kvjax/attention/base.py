@@ -93,6 +93,16 @@ class AttentionKind(abc.ABC):
         """Channels that rotary embedding turns."""
         return config.head_dim
 
+    @property
+    def sees_both_ways(self) -> bool:
+        """Whether modules see what follows a token by themselves; others do by `Bidirectional` in a cache's place."""
+        return False
+
+    def spelled_out(self, config: AttentionConfig) -> AttentionKind:
+        """The same variant without settings that stand for others, so that two can be compared."""
+        del config
+        return self
+
     def check(self, config: AttentionConfig) -> None:
         """Raises UsageError where the variant does not go with a layer's sizes."""
         return

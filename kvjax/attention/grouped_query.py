@@ -15,7 +15,7 @@ from kvjax.attention.base import (
     LayerCacheProtocol,
     attend,
 )
-from kvjax.cache.step import Step
+from kvjax.cache.step import Allocation, Step
 from kvjax.typing import Array
 from pallas_kernels.rope import Rope
 
@@ -32,7 +32,15 @@ class GroupedQuery(AttentionKind):
 
 
 class GroupedQueryAttention(AttentionModule):
-    """Projects, normalises queries and keys where asked, and leaves the rest to the cache."""
+    """Projects, normalises queries and keys where asked, and leaves the rest to the cache.
+
+    Attributes:
+      allocation: gives the kv head that each query head reads, where that is data; see `Step`.
+      selective: whether tokens hide others; see `Step`.
+    """
+
+    allocation: Allocation | None = None
+    selective: bool = False
 
     @nn.compact
     def __call__(
@@ -63,6 +71,8 @@ class GroupedQueryAttention(AttentionModule):
             window=config.window,
             softcap=config.softcap,
             kv_head_of_query=config.kv_head_of_query,
+            allocation=self.allocation,
+            selective=self.selective,
         )
         out, cache = attend(step, cache)
         return output(out), cache

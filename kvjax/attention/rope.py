@@ -7,9 +7,9 @@ on the length at hand.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import math
-from typing import Protocol
 
 import jax.numpy as jnp
 import numpy as np
@@ -27,12 +27,12 @@ def base_frequencies(theta: float, head_dim: int) -> Floats:
     return theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
 
 
-class Scaling(Protocol):
+class Scaling(abc.ABC):
     """A rule that stretches rotary embedding; values are frozen, hashable dataclasses."""
 
+    @abc.abstractmethod
     def table(self, theta: float, head_dim: int, length: Array) -> Rope:
         """The rotary table for sequences of `length` tokens (int32 scalar, may be traced)."""
-        ...
 
 
 def _static(inv_freq: Floats, amplitude: float = 1.0) -> Rope:
@@ -45,7 +45,7 @@ def _require(condition: bool, message: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plain:
+class Plain(Scaling):
     """No scaling."""
 
     def table(self, theta: float, head_dim: int, length: Array) -> Rope:
@@ -54,7 +54,7 @@ class Plain:
 
 
 @dataclasses.dataclass(frozen=True)
-class Linear:
+class Linear(Scaling):
     """Position interpolation (Chen et al., 2023, arXiv 2306.15595): every frequency divided by `factor`."""
 
     factor: float
@@ -68,7 +68,7 @@ class Linear:
 
 
 @dataclasses.dataclass(frozen=True)
-class Dynamic:
+class Dynamic(Scaling):
     """NTK-aware scaling that grows with the length (bloc97 and emozilla, 2023).
 
     Up to `original_positions` tokens it is plain rotary embedding. Beyond, the base becomes
@@ -94,7 +94,7 @@ class Dynamic:
 
 
 @dataclasses.dataclass(frozen=True)
-class Llama3:
+class Llama3(Scaling):
     """Llama 3.1's rule: long wavelengths divided by `factor`, short ones kept, a ramp between (arXiv 2407.21783)."""
 
     factor: float
@@ -121,7 +121,7 @@ class Llama3:
 
 
 @dataclasses.dataclass(frozen=True)
-class Yarn:
+class Yarn(Scaling):
     """YaRN (Peng et al., 2023, arXiv 2309.00071): interpolation by wavelength, and a temperature on the logits.
 
     Channels that turn more than `beta_fast` times within `original_positions` keep their frequency, those below

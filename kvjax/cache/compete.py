@@ -77,8 +77,11 @@ def _block_scores(cache: LayerCache, tokens: Tokens, seen: Array, used: Array, n
 
         def of_head(index: Array) -> Array:
             def take(leaf: Array) -> Array:
-                shared = leaf.ndim < 2 or leaf.shape[1] == 1
-                return leaf if shared else jax.lax.dynamic_slice_in_dim(leaf, index, 1, axis=1)
+                if leaf.ndim < 2 or leaf.shape[1] == 1:
+                    return leaf
+                # A CPU computes on 16-bit numbers as float32: of them it would first convert the whole store.
+                bits = leaf.view(jnp.uint16) if leaf.dtype in (jnp.bfloat16, jnp.float16) else leaf
+                return jax.lax.dynamic_slice_in_dim(bits, index, 1, axis=1).view(leaf.dtype)
 
             one = jax.lax.dynamic_slice_in_dim(cache.head_index, index, 1)
             return _scores(jax.tree.map(take, given), one, cache, tokens, seen)[:, 0]

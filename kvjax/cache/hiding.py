@@ -6,16 +6,27 @@ that token, in all heads. Slots come and go; the number is found by the position
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 
-from kvjax.cache.prompt import selection
+from kvjax.cache.prompt import hiding_head, selection
 from kvjax.cache.step import Step
+from kvjax.errors import UsageError
 from kvjax.typing import Array
 from pallas_kernels.lanes import CACHE_BYTES
 from pallas_kernels.logits import visible
+
+
+def check(step: Step, hiding: Array | None) -> None:
+    """Raises UsageError where a step hides tokens and its cache has no place for that, or the other way round."""
+    if step.selective == (hiding is not None):
+        return
+    raise UsageError(
+        f"a step with selective={step.selective} does not go with a cache that was made for "
+        f"{'plain' if step.selective else 'selective'} attention. Make it with CacheDims(selective={step.selective})."
+    )
 
 
 def at(hiding: Array, positions: Array) -> Array:
@@ -26,26 +37,42 @@ def at(hiding: Array, positions: Array) -> Array:
 
 def of_prompt(step: Step) -> Array:
     """f32 [B, T]: by how much the logits of a query behind the last valid one are lowered at each token of a prompt."""
-    queries, keys = (x[:, 0].astype(jnp.float32) for x in selection(step))
+    return over_prompt(step, lambda hidden, sees: None)[0]
+
+
+def over_prompt(step: Step, look: Callable[[Array, Array], Array | None]) -> tuple[Array, Array | None]:
+    """`of_prompt`, and what `look` makes of the numbers that each query meets; differentiable, in blocks of queries.
+
+    Args:
+      look: (f32 [B, n, T], by how much each of n queries' logits are lowered; bool [B, n, T], which tokens they see) to
+        an array [B, n], or None.
+
+    Returns:
+      f32 [B, T], and what was looked at, [B, T] or None.
+    """
+    exists = step.valid[..., None]
+    queries, keys = (jnp.where(exists, x[:, 0].astype(jnp.float32), 0.0) for x in selection(step))
     batch, tokens, _ = queries.shape
     size = max(1, min(tokens, CACHE_BYTES // (4 * batch * tokens)))
     more = -tokens % size
 
     def cut(x: Array) -> Array:
-        return jnp.moveaxis(
-            jnp.pad(x, [(0, 0), (0, more), *[(0, 0)] * (x.ndim - 2)]).reshape(batch, -1, size, *x.shape[2:]), 1, 0
-        )
+        x = jnp.pad(x, [(0, 0), (0, more), *[(0, 0)] * (x.ndim - 2)])
+        return jnp.moveaxis(x.reshape(batch, -1, size, *x.shape[2:]), 1, 0)
 
-    def add(total: Array, block: tuple[Array, Array, Array]) -> tuple[Array, None]:
+    @jax.checkpoint
+    def add(hidden: Array, block: tuple[Array, Array, Array]) -> tuple[Array, Array | None]:
         own, places, valid = block
         logits = jnp.einsum("bth,bsh->bts", own, keys) * step.scale
-        sees = visible(places, step.positions, step.window) & (places[..., None] != step.positions[:, None])
-        sees &= valid[..., None] & step.valid[:, None]
-        return total + jnp.where(sees, jax.nn.relu(logits), 0.0).sum(1), None
+        sees = visible(places, step.positions, step.window) & valid[..., None] & step.valid[:, None]
+        before = sees & (places[..., None] != step.positions[:, None])
+        chosen = jnp.where(before, jax.nn.relu(logits), 0.0)
+        met = hidden[:, None] + jnp.cumsum(chosen, axis=1) - chosen
+        return hidden + chosen.sum(1), look(met, sees)
 
     start = jnp.zeros((batch, tokens), jnp.float32)
-    total, _ = jax.lax.scan(add, start, (cut(queries), cut(step.positions), cut(step.valid)))
-    return total
+    hidden, seen = jax.lax.scan(add, start, (cut(queries), cut(step.positions), cut(step.valid)))
+    return hidden, None if seen is None else jnp.moveaxis(seen, 0, 1).reshape(batch, -1)[:, :tokens]
 
 
 def after(hiding: Array, step: Step, positions: Sequence[Array], logits: Sequence[Array | None]) -> Array:
@@ -54,7 +81,7 @@ def after(hiding: Array, step: Step, positions: Sequence[Array], logits: Sequenc
     Args:
       step: of one token. positions: per segment int32 [B, K or 1, S]. logits: f32 [B, K, G, S], lowered already.
     """
-    head = 0 if step.kv_head_of_query is None else step.kv_head_of_query[0]
+    head = hiding_head(step)
     rows = jnp.arange(len(hiding))[:, None]
     lowered = [at(hiding, places) for places in positions]
     for places, own, less in zip(positions, logits, lowered, strict=True):

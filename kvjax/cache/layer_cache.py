@@ -188,6 +188,7 @@ class LayerCache:
         """The first half of `step`: the output, and what stores the tokens once all that depends on the old cache, an
         array which it is given, has been computed."""
         step.check(self.head_index.shape[0], self.dims.head_dim, self.dims.of_values.head_dim)
+        hiding.check(step, self.hiding)
         if self.phase == "empty":
             step = allocated(step)
         elif self.head_map is not None:

@@ -24,11 +24,15 @@ from kvjax.typing import Array
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ModelCache:
-    """One layer's cache per layer, the length of each row's prompt (int32 [B]), and the method of all."""
+    """One layer's cache per layer, the length of each row's prompt (int32 [B]), and the method of all.
+
+    draws: uint32 [B], each row's draw of the embeddings where the model has none of its own; else None.
+    """
 
     layers: tuple[AnyLayer, ...]
     prompt_lengths: Array
     method: CacheMethod = dataclasses.field(metadata={"static": True})
+    draws: Array | None = None
 
     @classmethod
     def init(

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvjax.cache.step import Step
+from kvjax.errors import UsageError
 from kvjax.typing import Array
 from pallas_kernels.logits import cap, visible
 from pallas_kernels.prefill_attention import prefill_attention
@@ -125,9 +126,23 @@ def logits_of(step: Step, queries: Array, keys: Array) -> Array:
 def probabilities(
     step: Step, queries: Array, keys: Array, log_sum_exp: Array, query_positions: Array, key_positions: Array
 ) -> Array:
-    """f32 [..., K, G, T, S]: attention by its log-sum-exp [..., K, G, T]; positions int32 [..., T] and [..., S]."""
+    """f32 [..., K, G, T, S]: attention by its log-sum-exp [..., K, G, T]; positions int32 [..., T] and [..., S].
+
+    Raises:
+      UsageError: see `check_whole`.
+    """
+    check_whole(step)
     seen = visible(query_positions, key_positions, step.window)[..., None, None, :, :]
     return jnp.where(seen, jnp.exp(logits_of(step, queries, keys) - log_sum_exp[..., None]), 0.0)
+
+
+def check_whole(step: Step) -> None:
+    """Raises UsageError where the attention that a prompt's tokens pay does not follow from their log-sum-exp alone."""
+    if step.selective:
+        raise UsageError(
+            "the attention that a prompt's tokens receive is wanted, but selective attention lowers their logits, "
+            "which this sum leaves out. Use the policy Hidden, one that looks at no attention, or prefill='streaming'."
+        )
 
 
 def allocated(step: Step) -> Step:
@@ -145,7 +160,7 @@ def attend_prompt(step: Step) -> tuple[Array, Array]:
       `group_queries`; +inf at padded places, where exp(logit - lse) is then 0.
     """
     step = allocated(step)
-    wide = _widened(step)
+    wide = widened(step)
     queries, keys = rotate(wide, group_queries(wide)), rotate(wide, all_keys(wide))
     out, lse, *_ = prefill_attention(
         queries,
@@ -165,7 +180,7 @@ def attend_prompt(step: Step) -> tuple[Array, Array]:
     return ungroup(wide, out), lse
 
 
-def _widened(step: Step) -> Step:
+def widened(step: Step) -> Step:
     """The same attention with keys and values of a plain kind, more of them: no waste where there are many queries."""
     if step.latent is not None:
         return _with_own_keys(step)
@@ -204,9 +219,24 @@ def _with_own_keys(step: Step) -> Step:
     )
 
 
+def hiding_head(step: Step) -> int:
+    """The kv head that query head 0 reads, whose logits say what is hidden.
+
+    Raises:
+      UsageError: these logits are not plain products of the step's queries and keys.
+    """
+    if step.softcap is not None or step.latent is not None or step.head_map is not None or step.allocation is not None:
+        raise UsageError(
+            "selective attention takes its selections from the logits of query head 0 and of the kv head that it is "
+            "known to read; it goes neither with capped logits (softcap), nor with latents, nor with a map of heads "
+            "that is data. Leave out the one or the other."
+        )
+    return 0 if step.kv_head_of_query is None else step.kv_head_of_query[0]
+
+
 def selection(step: Step) -> tuple[Array, Array]:
     """By which tokens hide others: rotated queries and keys of head 0, [B, 1, T, H]; a row's first token is safe."""
-    head = 0 if step.kv_head_of_query is None else step.kv_head_of_query[0]
+    head = hiding_head(step)
     queries = rotate(step, jnp.moveaxis(step.queries[:, :, :1], 1, 2))
     keys = rotate(step, jnp.moveaxis(step.keys[:, :, head : head + 1], 1, 2))
     return queries, jnp.where((step.positions == 0)[:, None, :, None], 0, keys)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from kvjax.cache.observe import needs_logits, observe
 from kvjax.cache.policy import Tokens
 from kvjax.cache.pool import Part
 from kvjax.cache.prompt import finish, group_filled, rotate, ungroup
+from kvjax.cache.read_values import loads_few_values, read_few_values
 from kvjax.cache.selector import Chosen
 from kvjax.typing import Array
 from pallas_kernels import merge, prefill_attention
@@ -27,14 +29,44 @@ def read_cache(cache: LayerCache, tokens: Tokens) -> tuple[Array, LayerCache, Ar
     Returns:
       output [B, T, N, H']; the cache with its statistics updated; the new tokens' own statistics f32 [B, K, T] or None.
     """
-    step, values = tokens.step, tokens.values
+    step = tokens.step
     queries, own_keys, ranks = _rotate(cache, tokens)
+    lowered = [None if cache.hiding is None else hiding.at(cache.hiding, s.positions) for s in cache.segments]
+    if loads_few_values(cache, tokens):
+        merged, lse, logits = read_few_values(cache, tokens, queries, own_keys, ranks, lowered)
+    else:
+        chosen, cache = _choose(cache, tokens)
+        merged, lse, logits = _read_all_values(cache, tokens, chosen, queries, own_keys, ranks, lowered)
+    filled = group_filled(step)
+    if not (isinstance(filled, np.ndarray) and filled.all()):  # others' places attend to nothing
+        lse = jnp.where(jnp.repeat(filled, queries.shape[3], axis=2), lse, jnp.inf)
+    output = ungroup(step, merged.reshape(*queries.shape[:4], -1).astype(step.queries.dtype))
+    observed, own_stats = observe(cache, tokens, queries, own_keys, logits, lse.reshape(queries.shape[:-1]))
+    if cache.hiding is not None:
+        places = [s.positions for s in cache.segments]
+        observed = dataclasses.replace(observed, hiding=hiding.after(cache.hiding, step, places, logits))
+    return finish(step, output), observed, own_stats
+
+
+def _read_all_values(
+    cache: LayerCache,
+    tokens: Tokens,
+    chosen: Chosen | None,
+    queries: Array,
+    own_keys: Array,
+    ranks: Sequence[Array | None],
+    lowered: Sequence[Array | None],
+) -> tuple[Array, Array, list[Array | None]]:
+    """The merge over segments and tokens, of which only the chosen pages of the body are read.
+
+    Returns:
+      out f32 [B, K, G · T, H'], its log-sum-exp f32 [B, K, G · T], and of each segment the logits that others need.
+    """
+    step = tokens.step
     batch, heads, group, count, head_dim = queries.shape
     rows = queries.reshape(batch, heads, group * count, head_dim)
     row_positions = jnp.tile(step.positions, (1, group))
-    chosen, cache = _choose(cache, tokens)
     parts, logits = [], []
-    lowered = [None if cache.hiding is None else hiding.at(cache.hiding, s.positions) for s in cache.segments]
     for segment, place, less in zip(cache.segments, ranks, lowered, strict=True):
         of_body = chosen if segment is cache.body else None
         wanted = needs_logits(cache, segment) or less is not None
@@ -42,19 +74,10 @@ def read_cache(cache: LayerCache, tokens: Tokens) -> tuple[Array, LayerCache, Ar
         parts.append(read[:2])
         logits.append(read[2] if len(read) > 2 else None)
     own, own_lse = prefill_attention(
-        queries, own_keys, values, valid=step.valid, window=step.window, scale=step.scale, softcap=step.softcap
+        queries, own_keys, tokens.values, valid=step.valid, window=step.window, scale=step.scale, softcap=step.softcap
     )
     parts.append((own.reshape(*rows.shape[:3], -1).astype(jnp.float32), own_lse.reshape(rows.shape[:-1])))
-    merged, lse = merge(parts)
-    filled = group_filled(step)
-    if not (isinstance(filled, np.ndarray) and filled.all()):  # others' places attend to nothing
-        lse = jnp.where(jnp.repeat(filled, count, axis=2), lse, jnp.inf)
-    output = ungroup(step, merged.reshape(*queries.shape[:4], -1).astype(step.queries.dtype))
-    observed, own_stats = observe(cache, tokens, queries, own_keys, logits, lse.reshape(queries.shape[:-1]))
-    if cache.hiding is not None:
-        places = [s.positions for s in cache.segments]
-        observed = dataclasses.replace(observed, hiding=hiding.after(cache.hiding, step, places, logits))
-    return finish(step, output), observed, own_stats
+    return *merge(parts), logits
 
 
 def _choose(cache: LayerCache, tokens: Tokens) -> tuple[Chosen | None, LayerCache]:

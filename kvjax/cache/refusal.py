@@ -35,6 +35,8 @@ def _wrong_latent(method: CacheMethod, dims: CacheDims) -> str | None:
         return f"{type(method.fate).__name__} adds to values, but these are latents of which keys are made too"
     if method.selector.page is not None:
         return "a selector's index is of whole keys, but part of these is made of latents, which are stored as values"
+    if method.selector.values is not None:
+        return "a selector reads all keys and few values, but the values are latents of which the keys are made"
     if any(codec.fits_prompt for codec in method.every_codec):
         return "a codec compares keys with the queries that meet them, but part of these keys is stored as values"
     return None
@@ -42,11 +44,18 @@ def _wrong_latent(method: CacheMethod, dims: CacheDims) -> str | None:
 
 def _wrong_hiding(method: CacheMethod, dims: CacheDims) -> str | None:
     if not dims.selective:
+        if method.budget.evicts and method.policy.needs_hiding:
+            return (
+                f"{type(method.policy).__name__} scores tokens by what others hide, but this model has no selective "
+                "attention; use another policy, or a model whose attention is SelectiveAttention()"
+            )
         return None
     if method.budget.pooled or method.by_head(dims):
         return "heads have caches of their own size, but with selective attention one head hides tokens from all"
     if method.selector.page is not None:
         return "a selector reads some tokens only, but with selective attention each query may hide any of them"
+    if method.selector.values is not None:
+        return "a selector reads few values of a decoded token alone, but with selective attention all come one by one"
     if method.repetition is not None:
         return "a repetition would hide tokens of the prompt, which selective attention does not take back"
     return None
@@ -95,6 +104,8 @@ def _wrong_codecs(method: CacheMethod) -> str | None:
 
 def _wrong_selector(method: CacheMethod) -> str | None:
     page = method.selector.page
+    if method.selector.values is not None and (problem := _wrong_values(method)):
+        return problem
     if page is None:
         return None
     if method.every is not None or (method.budget.evicts and method.prefill == "streaming"):
@@ -108,6 +119,14 @@ def _wrong_selector(method: CacheMethod) -> str | None:
         return "the pages of a packed pool belong to changing heads, so a selector has no index of them"
     if page % (block := math.lcm(*(codec.block for codec in method.every_codec))):
         return f"a selector's pages of {page} slots must be a multiple of the codecs' block of {block}"
+    return None
+
+
+def _wrong_values(method: CacheMethod) -> str | None:
+    if method.budget.pooled:
+        return "a selector compares the slots of a head, but in a packed pool they lie in pages of many heads"
+    if (block := math.lcm(*(codec.read_block for codec in (method.values, *method.fate.codecs[1::2])))) > 1:
+        return f"a selector reads single values, but a codec stores {block} of them as one block; use one per token"
     return None
 
 

@@ -14,7 +14,7 @@ from kvjax.cache.policy.seen import Prompt
 from kvjax.cache.selector import Chosen
 from kvjax.cache.step import Step
 from kvjax.typing import Array, PyTree
-from pallas_kernels import ConcatLoader, RotatedLoader, cache_update, decode_attention
+from pallas_kernels import ConcatLoader, RotatedLoader, cache_update, decode_attention, decode_logits, mix_slots
 from pallas_kernels.loader import Loader
 from pallas_kernels.rows import Rows, each
 
@@ -139,21 +139,13 @@ class Segment:
           logits: whether to return those too. chosen: what is read; None is everything.
           lowered: f32 [B, K or 1, S], by how much the logits of each slot are lowered, or None.
         """
-        keys = self.key_loader
-        if places is not None and step.rope is not None:
-            keys = RotatedLoader(keys, places, step.rope)
-        if step.latent is not None:
-            keys = ConcatLoader((self.value_loader, keys))
-        bias = self.bias
-        if lowered is not None:
-            bias = -lowered if bias is None else bias - lowered
         windowed = step.window is not None
         valid, positions = self.valid, self.positions
         if chosen is not None:
             valid, positions = chosen.valid(valid), chosen.pages.take(positions)
         return decode_attention(
             queries,
-            keys,
+            self._compared(step, places),
             self.value_loader,
             valid=valid,
             pages=None if chosen is None else chosen.pages,
@@ -162,9 +154,50 @@ class Segment:
             window=step.window,
             scale=step.scale,
             softcap=step.softcap,
-            bias=bias,
+            bias=self._lowered(lowered),
             return_logits=logits,
         )
+
+    def logits(
+        self, queries: Array, step: Step, places: Array | None, query_positions: Array, lowered: Array | None
+    ) -> Array:
+        """Those of `attend`, f32 [B, K, R, S], from the keys alone; arguments as there."""
+        windowed = step.window is not None
+        return decode_logits(
+            queries,
+            self._compared(step, places),
+            valid=self.valid,
+            positions=self.positions if windowed else None,
+            query_positions=query_positions if windowed else None,
+            window=step.window,
+            scale=step.scale,
+            softcap=step.softcap,
+            bias=self._lowered(lowered),
+        )
+
+    def mix(self, slots: Array, weights: Array) -> Array:
+        """The values of slots int32 [B, K, R, C], summed with weights f32 [B, K, R, C]: f32 [B, K, R, H].
+
+        Only what lies in this segment, from 0 to S - 1, is read and counts; no slot of a query twice.
+        """
+        here = (slots >= 0) & (slots < self.slots)
+        most, place = jax.lax.top_k(jnp.where(here, weights, -1.0), min(slots.shape[-1], self.slots))
+        read = jnp.clip(jnp.take_along_axis(slots, place, axis=-1), 0, self.slots - 1)
+        return mix_slots(self.value_loader, read, jnp.maximum(most, 0.0))
+
+    def _compared(self, step: Step, places: Array | None) -> Loader:
+        """The keys as queries meet them; places as in `attend`."""
+        keys = self.key_loader
+        if places is not None and step.rope is not None:
+            keys = RotatedLoader(keys, places, step.rope)
+        return keys if step.latent is None else ConcatLoader((self.value_loader, keys))
+
+    def _lowered(self, lowered: Array | None) -> Array | None:
+        """What is added to the logits of each slot, f32 [B, K or 1, S]; lowered as in `attend`."""
+        bias = self.bias
+        if lowered is None:
+            return bias
+        return -lowered if bias is None else bias - lowered
 
     def fitted(self, keys: Array, values: Array, prompt: Prompt) -> Segment:
         """This segment with the codecs' parameters that a prompt gives: keys (as stored) and values [B, K, T, H]."""

@@ -14,7 +14,7 @@ from kvjax.cache.budget import HeadTable
 from kvjax.cache.fate import Compensate
 from kvjax.cache.layout import CacheDims
 from kvjax.cache.method import CacheMethod
-from kvjax.cache.prompt import attend_prompt, group_queries, logits_of, rotate, ungroup
+from kvjax.cache.prompt import attend_prompt, group_queries, logits_of, rotate, ungroup, widened
 from kvjax.cache.step import Step
 from kvjax.calibration.finder import Found, Task
 from kvjax.calibration.parts import head_table, spelled_heads
@@ -156,6 +156,7 @@ class Gated:
 
 def stream(step: Step, sinks: int, recent: int) -> Array:
     """Attention [B, T, N, H] of each token to the first `sinks` and its `recent` newest tokens, itself among them."""
+    step = widened(step)
     window = recent if step.window is None else min(recent, step.window)
     near, near_lse = attend_prompt(dataclasses.replace(step, window=window))
     queries = rotate(step, group_queries(step))

@@ -66,6 +66,7 @@ def decode(
             cache=state.cache.layers,
             valid=~done[:, None],
             logits_at=jnp.zeros_like(token),
+            draws=state.cache.draws,
         )
         return DecodeState(state.cache.stepped(layers), logits[:, 0], done), tokens
 

@@ -57,6 +57,7 @@ def prefill(
     *,
     reserve: int = 256,
     dtype: str = "bfloat16",
+    draws: int | Sequence[int] = 0,
 ) -> Context:
     """Caches one prompt or a batch of them, to be asked about with `generate(model, question, cache=context.fork())`.
 
@@ -65,13 +66,14 @@ def prefill(
       method: a `CacheMethod` or its name ("snapkv:tokens=256+int4"), or a calibrated one or the path of its file.
       reserve: tokens that each row can append later.
       dtype: of tokens that are stored exactly.
+      draws: which draw of the embeddings each row has, where the model draws them; a number n means n, n + 1, …
 
     Raises:
       UsageError: an unknown method, an empty prompt, or a context beyond the model's limit.
     """
     check_kind("model", model, LanguageModel, LOADED)
     rows = as_rows(model, prompt, special=True)
-    return engine_prefill.prefill(model, rows, as_method(method), reserve=reserve, dtype=dtype)
+    return engine_prefill.prefill(model, rows, as_method(method), reserve=reserve, dtype=dtype, draws=draws)
 
 
 def generate(
@@ -95,7 +97,8 @@ def generate(
       cache: a context from `prefill`. It is consumed; pass `context.fork()` to ask again.
       max_new_tokens: the most tokens per row.
       stop: token ids that end a row; default are the tokenizer's end tokens.
-      seed: of the sampler; the same seed gives the same text.
+      seed: of the sampler, and the first row's draw where the model draws its embeddings; the same seed gives the
+        same text.
       dtype: of tokens that are stored exactly.
       on_tokens: called with int32 [B, n] after each run of steps (-1 after a row's end), for streaming output.
 
@@ -109,7 +112,7 @@ def generate(
     key = jax.random.key(as_count("seed", seed, below=SEEDS))
     rows = as_rows(model, prompt, special=cache is None)
     if cache is None:
-        context = engine_prefill.prefill(model, rows, as_method(method), reserve=steps, dtype=dtype)
+        context = engine_prefill.prefill(model, rows, as_method(method), reserve=steps, dtype=dtype, draws=seed)
     else:
         context = append(model, cache, rows, then=steps)
     state = DecodeState(context.cache, context.logits, model.place_rows(np.zeros(len(context.logits), bool)))

@@ -87,6 +87,7 @@ def prefill(
     dtype: str = "bfloat16",
     length: int | None = None,
     chunk: int = CHUNK,
+    draws: int | Sequence[int] = 0,
 ) -> Context:
     """Fills a cache with a batch of prompts (token ids).
 
@@ -95,6 +96,7 @@ def prefill(
       dtype: of tokens that are stored exactly.
       length: padded length of the prompts; default is a bucket.
       chunk: tokens per step of a streaming prefill.
+      draws: which draw of the embeddings each row has, where the model draws them; a number n means n, n + 1, …
 
     Raises:
       UsageError: an empty prompt, a context beyond the model's limit, or a method that does not fit or was not
@@ -110,21 +112,32 @@ def prefill(
     check_positions(model, longest + reserve)
     tokens, lengths = pad(prompts, length)
     dims = tuple(cache_dims(model, len(prompts), length, length + reserve, dtype))
+    drawn = _draws(model, len(prompts), draws)
     method, data = unpack(method, model, dims)
     method = resolve(method, dims)
     if method.repetition is not None:
         return _prefill_repeated(model, method, dims, data, tokens, lengths)
     if method.prefill == "exact":
-        rows = model.place_rows(tokens), model.place_rows(lengths)
+        rows = model.place_rows(tokens), model.place_rows(lengths), drawn
         logits, cache = _prefill_exact(model.module, method, dims, model.mesh, model.rules, data, model.params, *rows)
         return Context(cache, logits)
-    cache = _empty_cache(method, dims, model.mesh, model.rules, data, model.place_rows(lengths))
+    cache = _empty_cache(method, dims, model.mesh, model.rules, data, model.place_rows(lengths), drawn)
     cache = cache if data is None else cache.fork()  # heads may share what was learnt, and steps take buffers over
     context = Context(cache, model.place_rows(np.zeros((len(prompts), model.config.vocab_size), np.float32)))
     for start in range(0, length, chunk):
         part = tokens[:, start : start + chunk]
         context = extend(model, context, part, np.clip(lengths - start, 0, part.shape[1]))
     return Context(context.cache.end_prompt(), context.logits)
+
+
+def _draws(model: LanguageModel, batch: int, draws: int | Sequence[int]) -> Array | None:
+    """uint32 [B], where the model draws its embeddings. Raises UsageError for another number of rows."""
+    if model.config.embedding is None:
+        return None
+    named = [draws + row for row in range(batch)] if isinstance(draws, int) else list(draws)
+    if len(named) != batch:
+        raise UsageError(f"{len(named)} draws for {batch} rows; give one per row, or a number to count on from")
+    return model.place_rows(np.array([draw % 2**32 for draw in named], np.uint32))
 
 
 def extend(model: LanguageModel, context: Context, tokens: np.ndarray, lengths: np.ndarray) -> Context:
@@ -150,8 +163,9 @@ def _empty_cache(
     rules: ShardingRules,
     data: Data | None,
     lengths: Array,
+    draws: Array | None = None,
 ) -> ModelCache:
-    cache = ModelCache.init(method, dims, lengths, own_buffers(data))
+    cache = dataclasses.replace(ModelCache.init(method, dims, lengths, own_buffers(data)), draws=draws)
     return cache if mesh is None else shard_cache(cache, mesh, rules)
 
 
@@ -186,10 +200,13 @@ def _prefill_exact(
     params: PyTree,
     tokens: Array,
     lengths: Array,
+    draws: Array | None,
 ) -> tuple[Array, ModelCache]:
-    cache = _empty_cache(method, dims, mesh, rules, data, lengths)
+    cache = _empty_cache(method, dims, mesh, rules, data, lengths, draws)
     valid = jnp.arange(tokens.shape[1]) < lengths[:, None]
-    logits, layers = module.apply({"params": params}, tokens, cache=cache.layers, valid=valid, logits_at=lengths - 1)
+    logits, layers = module.apply(
+        {"params": params}, tokens, cache=cache.layers, valid=valid, logits_at=lengths - 1, draws=draws
+    )
     return logits[:, 0], cache.stepped(layers)
 
 
@@ -198,6 +215,9 @@ def _extend(module: Transformer, params: PyTree, context: Context, tokens: Array
     """The logits stay as they are in rows that append nothing."""
     valid = jnp.arange(tokens.shape[1]) < lengths[:, None]
     last = jnp.maximum(lengths - 1, 0)
-    fresh, layers = module.apply({"params": params}, tokens, cache=context.cache.layers, valid=valid, logits_at=last)
+    cache = context.cache
+    fresh, layers = module.apply(
+        {"params": params}, tokens, cache=cache.layers, valid=valid, logits_at=last, draws=cache.draws
+    )
     logits = jnp.where((lengths > 0)[:, None], fresh[:, 0], context.logits)
-    return Context(context.cache.stepped(layers), logits)
+    return Context(cache.stepped(layers), logits)

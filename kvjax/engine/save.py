@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from kvjax.cache import save as folder
@@ -22,6 +23,8 @@ def save_cache(cache: ModelCache | Context, path: str | Path, *, overwrite: bool
     if isinstance(cache, Context):
         cache, extras = cache.cache, {"logits": cache.logits}
     check_kind("the cache to save", cache, ModelCache, "the context that kvjax.prefill returns, or its .cache")
+    if cache.draws is not None:
+        cache, extras = dataclasses.replace(cache, draws=None), extras | {"draws": cache.draws}
     with writing(path):
         folder.save(cache, path, extras=extras, overwrite=overwrite)
 
@@ -34,4 +37,5 @@ def load_cache(path: str | Path) -> ModelCache | Context:
       CorruptDataError: the folder is damaged; names the file and the leaf.
     """
     cache, extras = folder.load(path)
+    cache = dataclasses.replace(cache, draws=extras.get("draws"))
     return Context(cache, extras["logits"]) if "logits" in extras else cache

@@ -111,7 +111,13 @@ class Batch:
         setting = self.setting
         whole = method if calibrated is None else dataclasses.replace(calibrated, method=method)
         return engine_prefill(
-            self.model, prompts, whole, reserve=setting.room, dtype=setting.dtype, length=setting.prompt
+            self.model,
+            prompts,
+            whole,
+            reserve=setting.room,
+            dtype=setting.dtype,
+            length=setting.prompt,
+            chunk=setting.chunk,
         )
 
     def pieces(self) -> list[Piece]:

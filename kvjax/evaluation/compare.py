@@ -14,8 +14,9 @@ from kvjax.cache.method import CacheMethod
 from kvjax.engine.calibrated import Calibrated
 from kvjax.errors import writing
 from kvjax.evaluation import defaults, report
+from kvjax.evaluation.beside import config_of, plans
 from kvjax.evaluation.finding import findings
-from kvjax.evaluation.plan import Options, Plan, Record
+from kvjax.evaluation.plan import Options, Record
 from kvjax.evaluation.summary import Row, summarise
 from kvjax.evaluation.table import tables
 from kvjax.models.language_model import LanguageModel
@@ -68,6 +69,7 @@ def compare(
     budget: str | None = None,
     query_aware: bool = False,
     dtype: str = defaults.DTYPE,
+    beside: Sequence[LanguageModel] = (),
     out: str | Path | None = None,
     progress: Track | None = track,
 ) -> Comparison:
@@ -86,6 +88,8 @@ def compare(
         their default share.
       query_aware: show the question while the cache is compressed; by default it is hidden.
       dtype: of tokens that a cache stores exactly.
+      beside: other models of the same tokenizer, such as one whose attention has a smaller cache: their rows are called
+        "name/method", and their `ratio` is of the first model's full bf16 cache.
       out: a folder for report.html, made if need be.
       progress: what shows it; by default a bar on stderr, or plain lines where that is no terminal. None is silent.
 
@@ -104,11 +108,12 @@ def compare(
       NumericsError: a measurement is not a finite number.
     """
     options = Options(context, seeds, examples, batch, budget, query_aware, dtype)
-    plan = Plan.make(model, methods, tasks, options)
+    planned = plans([model, *beside], methods, tasks, options)
     if out is not None:
         with writing(out):
             Path(out).mkdir(parents=True, exist_ok=True)
-    comparison = Comparison(list(plan.run(track=progress or silent)), plan.config)
+    records = [record for one in planned for record in one.run(track=progress or silent)]
+    comparison = Comparison(records, config_of(planned))
     if out is not None:
         comparison.write_report(Path(out))
     return comparison

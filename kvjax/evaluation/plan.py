@@ -10,6 +10,7 @@ import numpy as np
 
 from kvjax.cache.method import CacheMethod
 from kvjax.engine.calibrated import Calibrated
+from kvjax.engine.prefill import CHUNK
 from kvjax.engine.request import check_kind
 from kvjax.errors import NumericsError, UsageError
 from kvjax.evaluation import accuracy, defaults, profile
@@ -39,6 +40,7 @@ class Options:
     budget: str | None = None
     query_aware: bool = False
     dtype: str = defaults.DTYPE
+    chunk: int = CHUNK
 
 
 class Unit(NamedTuple):
@@ -193,7 +195,7 @@ def _settings(model: LanguageModel, source: Source, options: Options) -> list[Se
     context = min(defaults.CONTEXT, model.config.max_positions) if options.context is None else options.context
     lengths = [context] if isinstance(context, int) else dict.fromkeys(context)
     batch, follow = min(options.batch, options.examples), room(source.vocabulary)
-    return [Setting(length, follow, batch, options.query_aware, options.dtype) for length in lengths]
+    return [Setting(length, follow, batch, options.query_aware, options.dtype, options.chunk) for length in lengths]
 
 
 def _fields(cost: profile.Cost, target: int | None) -> Record:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 from kvjax.cache.layout import CacheDims
-from kvjax.engine.prefill import cache_dims
+from kvjax.engine.prefill import CHUNK, cache_dims
 from kvjax.errors import UsageError
 from kvjax.models.language_model import LanguageModel
 
@@ -26,6 +26,7 @@ class Setting:
       batch: rows B.
       query_aware: whether the question is the prompt's end, so that methods see it while they compress.
       dtype: of tokens that a cache stores exactly.
+      chunk: tokens per step of a streaming prefill.
     """
 
     context: int
@@ -33,6 +34,7 @@ class Setting:
     batch: int
     query_aware: bool = False
     dtype: str = "bfloat16"
+    chunk: int = CHUNK
 
     @property
     def prompt(self) -> int:

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 from kvjax.attention import AttentionConfig, AttentionKind, CacheShape, GroupedQuery, SharedKeyValues
 from kvjax.attention.rope import RopeConfig
 from kvjax.errors import UsageError
+from kvjax.models.embedding import DrawnEmbedding
 
 __all__ = ["Activation", "RopeConfig", "TransformerConfig"]
 
@@ -42,6 +43,7 @@ class TransformerConfig:
       activation: of the gate.
       embed_scale: multiplies the embeddings (Gemma: sqrt(D)).
       tied_embeddings: the output head is the transposed embedding.
+      embedding: None is a table that is learnt; else each row draws its own (`kvjax.models.embedding`), tied.
 
     Raises:
       UsageError: sizes that do not fit together, naming the field and the fix.
@@ -74,6 +76,7 @@ class TransformerConfig:
     activation: Activation = "silu"
     embed_scale: float = 1.0
     tied_embeddings: bool = False
+    embedding: DrawnEmbedding | None = None
 
     def __post_init__(self) -> None:
         for name in _SIZES:
@@ -85,6 +88,8 @@ class TransformerConfig:
                 raise UsageError(f"{name} must be positive or None, got {value}.")
         if self.activation not in get_args(Activation):
             raise UsageError(f"unknown activation {self.activation!r}; one of {', '.join(get_args(Activation))}.")
+        if self.embedding is not None and not self.tied_embeddings:
+            raise UsageError("embeddings that each row draws are used on the way out too: set tied_embeddings=True.")
         self._check_windows()
         self._check_heads()
         self._check_kv_layers()

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from kvjax.errors import UsageError
 
-_KINDS: dict[Any, str] = {jnp.integer: "int32", jnp.bool_: "bool"}
+_KINDS: dict[Any, str] = {jnp.integer: "int32", jnp.unsignedinteger: "uint32", jnp.bool_: "bool"}
 
 
 def check_inputs(layers: int, tokens: Any, positions: Any, cache: Any, valid: Any, logits_at: Any) -> None:
@@ -31,6 +31,19 @@ def check_inputs(layers: int, tokens: Any, positions: Any, cache: Any, valid: An
         _check(logits_at, "logits_at", jnp.integer, "[B]", (batch,), "give one index per row")
     if cache is not None:
         _check_cache(cache, layers, batch)
+
+
+def check_draws(needed: bool, tokens: Any, draws: Any) -> None:
+    """Raises UsageError unless each row names its draw where the model draws its embeddings, and only there."""
+    if needed and draws is None:
+        raise UsageError(
+            "this model draws the embeddings of each row: draws is uint32 [B]; got None. Fix: give them, or use "
+            "kvjax.prefill and kvjax.generate, whose caches carry them; what brings caches of its own cannot run it."
+        )
+    if draws is not None and not needed:
+        raise UsageError("draws were given, but this model's embeddings are learnt. Fix: leave them out.")
+    if needed:
+        _check(draws, "draws", jnp.unsignedinteger, "[B]", (tokens.shape[0],), "give one uint32 number per row")
 
 
 def _check(x: Any, name: str, kind: type[jnp.generic], axes: str, shape: tuple[int, ...] | None, fix: str) -> None:

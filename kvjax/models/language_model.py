@@ -52,9 +52,10 @@ class LanguageModel:
         cache: Sequence[Any] | None = None,
         valid: Array | None = None,
         logits_at: Array | None = None,
+        draws: Array | None = None,
     ) -> tuple[Array, tuple[Any, ...] | None]:
         """`Transformer.__call__` with these parameters: tokens int32 [B, T] to (logits f32 [B, T, V], cache)."""
-        return self.module.apply({"params": self.params}, tokens, positions, cache, valid, logits_at)  # pyright: ignore[reportReturnType]
+        return self.module.apply({"params": self.params}, tokens, positions, cache, valid, logits_at, draws)  # pyright: ignore[reportReturnType]
 
     def on_mesh(self, mesh: Mesh, rules: ShardingRules = ShardingRules()) -> LanguageModel:
         """This model with its parameters spread over a mesh (`kvjax.sharding.make_mesh`); rows and caches follow."""
@@ -74,5 +75,7 @@ class LanguageModel:
 
     @property
     def dtype(self) -> Any:
-        """The dtype of the parameters, which is that of the activations."""
+        """The dtype of the embeddings, which is that of the activations."""
+        if self.config.embedding is not None:
+            return jnp.dtype(self.config.embedding.dtype)
         return self.params["embed"]["embedding"].dtype

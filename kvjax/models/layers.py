@@ -41,26 +41,6 @@ class GatedMLP(nn.Module):
         return Projection(f, d, self.use_bias, self.dtype, name="down")(ACTIVATIONS[self.activation](gate) * up)
 
 
-class Embedding(nn.Module):
-    """Token embeddings [V, D], looked up on the way in and, where tied, contracted on the way out."""
-
-    vocab_size: int
-    embed_dim: int
-    dtype: jnp.dtype = jnp.float32
-
-    def setup(self) -> None:
-        init = nn.initializers.normal(0.02)
-        self.embedding = self.param("embedding", init, (self.vocab_size, self.embed_dim), self.dtype)
-
-    def __call__(self, tokens: Array) -> Array:
-        """int32 [B, T] to [B, T, D]."""
-        return jnp.take(self.embedding, tokens, axis=0, mode="clip")
-
-    def attend(self, x: Array) -> Array:
-        """[B, T, D] to logits f32 [B, T, V]."""
-        return jnp.einsum("btd,vd->btv", x, self.embedding, preferred_element_type=jnp.float32)
-
-
 class DecoderLayer(nn.Module):
     """norm, attention, residual; norm, MLP, residual; with norms on both outputs where `sandwich_norm`."""
 

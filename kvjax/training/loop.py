@@ -14,11 +14,13 @@ import optax
 
 from kvjax.training import checkpoint
 from kvjax.training.data import FAMILIES, KV, Batches, reader
+from kvjax.training.loss import Forward, Loss, NextToken
 from kvjax.training.schedule import Gate, Stage
-from kvjax.training.step import Forward, Metrics, make_step, on_device
+from kvjax.training.step import Metrics, make_step, on_device
 from kvjax.typing import PyTree
 
 DEFAULT_GATE = Gate()
+NEXT_TOKEN = NextToken()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +69,7 @@ def train(
     batches: Batches,
     stages: Sequence[Stage],
     on_record: Callable[[dict[str, object]], None] = lambda record: None,
+    loss: Loss = NEXT_TOKEN,
 ) -> PyTree:
     """Trains from the newest checkpoint in `loop.folder`, or from `params`; returns the final parameters.
 
@@ -74,7 +77,7 @@ def train(
     `on_record` sees every log record. Raises CorruptDataError on a damaged checkpoint.
     """
     progress, params, opt_state = _restore(loop, params, tx.init(params))
-    step = make_step(forward, tx)
+    step = make_step(forward, tx, loss)
     loop.folder.mkdir(parents=True, exist_ok=True)
     _truncate(loop.folder / "log.jsonl", progress.step)
     started = time.monotonic()
@@ -87,7 +90,7 @@ def train(
                 stage, source = progress.stage, reader(batches, progress.step, stages[progress.stage])
             assert source is not None
             batch = next(source)
-            params, opt_state, metrics = step(params, opt_state, on_device(batch))
+            params, opt_state, metrics = step(params, opt_state, on_device(batch), np.int32(progress.step))
             record = _record(progress, batch.tokens.shape, metrics, time.monotonic() - started)
             log.write(json.dumps(record) + "\n")
             on_record(record)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax.tasks import Example, recall, score
-from kvjax.training.step import Forward
+from kvjax.training.loss import Forward
 from kvjax.typing import Array, PyTree
 
 

@@ -80,7 +80,7 @@ def decode_attention(
     if lengths is not None and lengths.ndim == 1:
         lengths = lengths[:, None]
     _check_loaders(q, keys, values, pages)
-    _check_slotwise(q, slots, {"valid": valid, "positions": positions, "bias": bias})
+    check_slotwise(q, slots, {"valid": valid, "positions": positions, "bias": bias})
     if lengths is not None and lengths.shape not in {(q.shape[0], 1), q.shape[:2]}:
         raise ValueError(f"lengths must be [B] or [B, K or 1] with [B, K] = {q.shape[:2]}; got {lengths.shape}")
     if window is not None and (positions is None or query_positions is None):
@@ -134,7 +134,8 @@ def _check_loaders(q: jax.Array, keys: Loader, values: Loader, pages: Pages | No
             )
 
 
-def _check_slotwise(q: jax.Array, slots: int, arrays: dict[str, Any]) -> None:
+def check_slotwise(q: jax.Array, slots: int, arrays: dict[str, Any]) -> None:
+    """Raises ValueError where an array is not [B, K or 1, S]."""
     batch, heads = q.shape[:2]
     for name, x in arrays.items():
         if x is not None and (x.ndim != 3 or x.shape[0] != batch or x.shape[1] not in (1, heads)):

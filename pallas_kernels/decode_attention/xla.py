@@ -60,14 +60,16 @@ def run(
     valid = valid_slots(q.shape[0], keys.count, lengths, valid)
 
     def attend(q: jax.Array, query_positions: jax.Array | None) -> tuple[jax.Array, ...]:
-        logits = cap(_dot(keys, q), softcap)
-        if bias is not None:
-            logits = logits + bias[:, :, None]
-        mask = valid[:, :, None]
-        if window is not None:
-            assert positions is not None and query_positions is not None
-            mask = mask & (query_positions[:, None, :, None] - positions[:, :, None] < window)
-        logits = jnp.where(mask, logits, -jnp.inf)
+        logits = seen_logits(
+            q,
+            keys,
+            valid=valid,
+            positions=positions,
+            query_positions=query_positions,
+            window=window,
+            softcap=softcap,
+            bias=bias,
+        )
         top = finite_max(logits)
         weights = jnp.exp(logits - top)
         total = jnp.sum(weights, axis=-1, keepdims=True)
@@ -76,6 +78,28 @@ def run(
         return (out, lse, logits) if return_logits else (out, lse)
 
     return _by_rows(attend, q * scale, query_positions, valid.shape[-1])
+
+
+def seen_logits(
+    q: jax.Array,
+    keys: Loader,
+    *,
+    valid: jax.Array,
+    positions: jax.Array | None,
+    query_positions: jax.Array | None,
+    window: int | None,
+    softcap: float | None,
+    bias: jax.Array | None,
+) -> jax.Array:
+    """f32 [B, K, R, S]: logits of scaled q [B, K, R, H], -inf where a slot is not seen."""
+    logits = cap(_dot(keys, q), softcap)
+    if bias is not None:
+        logits = logits + bias[:, :, None]
+    mask = valid[:, :, None]
+    if window is not None:
+        assert positions is not None and query_positions is not None
+        mask = mask & (query_positions[:, None, :, None] - positions[:, :, None] < window)
+    return jnp.where(mask, logits, -jnp.inf)
 
 
 def _by_rows(

@@ -55,6 +55,7 @@ from kvjax.cache.policy import (
     ExpectedAttention,
     Frozen,
     Given,
+    Hidden,
     KeyDiff,
     Keyformer,
     KeyNorm,
@@ -68,7 +69,7 @@ from kvjax.cache.policy import (
     Recency,
     Redundancy,
 )
-from kvjax.cache.selector import ProbedPages, ReadAll, Selector, TopPages
+from kvjax.cache.selector import ProbedPages, ReadAll, Selector, TopPages, TopValues
 
 POLICIES: dict[str, Policy] = {
     "recency": Recency(),
@@ -91,6 +92,7 @@ POLICIES: dict[str, Policy] = {
     "redundancy": Redundancy(window=4, kernel=3, threshold=0.2),
     "predicted": Predicted(hidden=8),
     "given": Given(),
+    "hidden": Hidden(),
 }
 CODECS: dict[str, Codec] = {
     "identity": Identity(),
@@ -143,6 +145,7 @@ SELECTORS: dict[str, Selector] = {
     "all": ReadAll(),
     "top-pages": TopPages(tokens=16, size=8),
     "probed-pages": ProbedPages(tokens=16, size=8),
+    "top-values": TopValues(count=8),
 }
 
 # Named methods at sizes that bite on 64 tokens; test_laws checks that none is missing.
@@ -171,6 +174,7 @@ NAMED = (
     "mikv:tokens=24",
     "quest:tokens=32,page=8",
     "actqkv:tokens=16,page=8,recent=8",
+    "top_values:count=16",
     "cam:tokens=24,following=4",
     "kvcrush:tokens=24,window=8",
     "prefixkv:tokens=24",
@@ -270,6 +274,7 @@ def _parts() -> dict[str, CacheMethod]:
             budget=Uniform(tokens_kept=24), policy=policy, sinks=2, recent=8, every=1 if policy.online else None
         )
         for name, policy in POLICIES.items()
+        if not policy.needs_hiding  # tests/cache/test_hiding.py: these need selective attention
     }
     for name, fate in FATES.items():
         methods[f"fate-{name}"] = CacheMethod(
@@ -300,9 +305,9 @@ METHODS: dict[str, CacheMethod] = {
 }
 # Every part, and one named method of each kind, obeys the laws in the quick tests; the slow ones take them all.
 QUICK = re.compile(
-    r"(full|random|h2o|streaming_llm.*renumbered|snapkv|keydiff|tova|keyformer|rkv|adakv|mikv|quest|actqkv|cam|kvcrush|razor|kivi-4|kivi_released|int4|"
-    r"kvquant-4|turboquant-4|turboquant_prod-4|qjl|polarquant|int8_channel|think|cskv:window=16|kvzap|lagkv|"
-    r"expected_attention)(:[^+]*)?$|h2o:tokens=24.int4$|streaming-|every-|renumbered-|fate-|budget-|selector-(top|probed)|"
+    r"(full|random|h2o|snapkv|keydiff|tova|keyformer|rkv|quest|actqkv|kivi-4|kivi_released|kvquant-4|turboquant_prod-4|"
+    r"qjl|int8_channel|think|cskv:window=16|kvzap|lagkv|expected_attention)(:[^+]*)?$|"
+    r"h2o:tokens=24.int4$|streaming-|every-|renumbered-|fate-|budget-|selector-(top|probed)|"
     r"policy-(recency|mass-max|observation$)|codec-(fixed|non-uniform-token|qjl-outliers)"
 )
 SLOW = {name for name in METHODS if not QUICK.match(name)} | {"cskv:window=16,bits=4"}

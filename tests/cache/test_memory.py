@@ -30,6 +30,7 @@ STORED = (
     "kivi-2",
     "kivi_released",
     "actqkv",
+    "top_values",
     "snapkv:share=50%+int4",
     "h2o:share=50%",
     "h2o:share=50%+kivi-2",

@@ -34,6 +34,7 @@ NAMES = (
     "int8_channel",
     "selector-top-pages",
     "selector-probed-pages",
+    "selector-top-values",
     "kivi_released:residual=16,group=8",
     "kvquant-2:span=head",
 )

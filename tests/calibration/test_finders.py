@@ -31,6 +31,7 @@ from kvjax.convert.low_rank import principal_factors, singular_factors
 from kvjax.convert.reconstruction import reconstruction_error, train_factors
 from kvjax.errors import UsageError
 from kvjax.progress import silent
+from tests.thin import thinned
 
 LENGTH = 128
 
@@ -158,7 +159,7 @@ def test_start_of_factors(model, text):
     assert found.layers[0].keys["encoder"].shape == (1, 1, 32, 8)
 
 
-@pytest.mark.parametrize("hidden", [0, 8])
+@pytest.mark.parametrize("hidden", thinned([8, 0]))
 def test_the_network_predicts_attention_of_texts_it_has_seen(model, text, samples, hidden):
     method = f"kvzap:tokens=64,recent=8,hidden={hidden}"
     found = calibrate(model, method, text, finders=[Importance(steps=300, rate=1e-2, behind=30)])
@@ -173,7 +174,7 @@ def test_the_network_predicts_attention_of_texts_it_has_seen(model, text, sample
 TABLES = ["razor:local=16", "simlayerkv:recent=16", "prefixkv:share=50%", "duo_attention:recent=16,sinks=4"]
 
 
-@pytest.mark.parametrize("spec", TABLES)
+@pytest.mark.parametrize("spec", thinned(TABLES))
 def test_tables_and_shares(model, text, spec):
     finders = [RetrievalHeads(induction_share=0.5), Gates(steps=3)]
     found = calibrate(model, spec, text, finders=finders)
@@ -204,7 +205,9 @@ def bits_of(found):
     return [tuple(codec.bits for codec in pair) for pair in zip(*(c.codecs for c in found.method.codecs), strict=True)]
 
 
-@pytest.mark.parametrize("method", [parse("kvtuner:table=k8v4-k4v2,mode=token"), BY_CHANNEL], ids=["token", "channel"])
+@pytest.mark.parametrize(
+    "method", thinned([parse("kvtuner:table=k8v4-k4v2,mode=token"), BY_CHANNEL]), ids=["token", "channel"]
+)
 def test_bits_of_each_layer_are_the_best_for_what_they_take(model, text, samples, method, tmp_path):
     """The errors are those of the samples' outputs; the table found loses no more than any other of its bits."""
     found = calibrate(model, method, text)

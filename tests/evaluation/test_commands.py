@@ -47,6 +47,7 @@ def lines(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_sweep_that_died_skips_what_it_finished(tmp_path, monkeypatch, capsys):
     folder, wanted = tmp_path / "run", 5 * 2 * 2
     from experiments import record

@@ -67,6 +67,7 @@ def test_every_layer_keeps_the_tokens_with_the_largest_scores(model) -> None:
     assert any(count != 37 for count in counts)
 
 
+@pytest.mark.slow
 def test_a_comparison_runs_it_without_the_question(model, passes, monkeypatch) -> None:
     monkeypatch.setattr(profile, "REPEATS", 2)
     found = compare(model, [NAME], ["kv"], context=128, seeds=1, examples=2, batch=2, progress=None)

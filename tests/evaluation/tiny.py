@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -12,8 +15,11 @@ from kvjax.models.tokenizer import load_tokenizer
 from kvjax.models.transformer import Transformer
 
 
-def tiny(sharpness: float = 1.0) -> LanguageModel:
-    """Two layers, four query and two kv heads; matrices are `sharpness` times as large as at initialisation."""
+def tiny(sharpness: float = 1.0, name: str = "tiny", **changes: Any) -> LanguageModel:
+    """Two layers, four query and two kv heads; matrices are `sharpness` times as large as at initialisation.
+
+    changes: fields of the config that are other ones.
+    """
     config = TransformerConfig(
         vocab_size=1024,
         embed_dim=32,
@@ -26,6 +32,7 @@ def tiny(sharpness: float = 1.0) -> LanguageModel:
         rope=RopeConfig(),
         tied_embeddings=True,
     )
+    config = dataclasses.replace(config, **changes)
     params = Transformer(config).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     params = jax.tree.map(lambda leaf: sharpness * leaf if leaf.ndim > 1 else leaf, params)
-    return LanguageModel(config, params, load_tokenizer(REFERENCE), "tiny")
+    return LanguageModel(config, params, load_tokenizer(REFERENCE), name)

@@ -12,12 +12,19 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from kvjax.attention import GroupedQuery
 from kvjax.errors import UsageError
 from kvjax.models.huggingface import export, load
 from kvjax.models.language_model import LanguageModel
 from kvjax.models.tokenizer import load_tokenizer
 from tests.models.folders import small_tokenizer, write_folder, write_tokenizer
 from tests.oracles import huggingface as oracle
+
+
+@dataclasses.dataclass(frozen=True)
+class Unknown(GroupedQuery):
+    """A kind of attention that nobody has registered."""
+
 
 CONFIGS = {"llama": oracle.LLAMA, "gemma": oracle.GEMMA}
 
@@ -111,7 +118,7 @@ def test_nothing_is_written_over_or_half(tmp_path: Path) -> None:
         export(dataclasses.replace(model, params=model.params | embed), tmp_path / "bad")
     with pytest.raises(UsageError, match=r"\['extra/w'\] are not in the config's model"):
         export(dataclasses.replace(model, params=model.params | {"extra": {"w": jnp.zeros(1)}}), tmp_path / "bad")
-    scaled = dataclasses.replace(model.config, embed_scale=3.0)
-    with pytest.raises(UsageError, match="embed_scale"):
-        export(dataclasses.replace(model, config=scaled), tmp_path / "bad")
+    unknown = dataclasses.replace(model.config, attention=Unknown())
+    with pytest.raises(UsageError, match="Unknown is not a part that kvjax knows"):
+        export(dataclasses.replace(model, config=unknown), tmp_path / "bad")
     assert not (tmp_path / "bad").exists()

@@ -41,6 +41,15 @@ LLAMA3 = {
     "original_max_position_embeddings": 32,
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+LATENT = SIZES | {
+    "num_key_value_heads": 4,
+    "first_k_dense_replace": 2,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 12,
+    "v_head_dim": 10,
+}
 
 # name -> (config class, what differs from SIZES)
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -112,6 +121,16 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    "deepseek_v3": ("DeepseekV3Config", LATENT | {"rms_norm_eps": 1e-2}),
+    "deepseek_v3 queries without a latent, yarn": (
+        "DeepseekV3Config",
+        LATENT
+        | {
+            "q_lora_rank": None,
+            "rope_parameters": YARN | {"rope_theta": 1e4, "mscale": 1.1, "mscale_all_dim": 0.8},
+        },
+    ),
+    "deepseek_v2 biases": ("DeepseekV2Config", LATENT | {"attention_bias": True, "mlp_bias": True}),
 }
 
 

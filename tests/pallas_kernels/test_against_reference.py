@@ -18,6 +18,7 @@ from pallas_kernels.decode_attention import specs as decode_specs
 from pallas_kernels.ops import OPS
 from pallas_kernels.prefill_attention import specs as prefill_specs
 from pallas_kernels.testing import assert_close
+from tests.thin import thinned
 
 SPECS = {
     "prefill_attention": prefill_specs.SPECS,
@@ -42,14 +43,14 @@ def jitted(op: Any, spec: Any, implementation: str, **more: Any) -> tuple[Any, t
     return jax.jit(lambda *a, **k: op(*a, **k, **static, implementation=implementation)), args, arrays
 
 
-@pytest.mark.parametrize(("op", "implementation", "spec"), CASES)
+@pytest.mark.parametrize(("op", "implementation", "spec"), thinned(CASES))
 def test_equals_the_reference(op: Any, implementation: Any, spec: Any) -> None:
     run, args, arrays = jitted(op, spec, implementation.name)
     reference, _, _ = jitted(op, spec, "reference")
     assert_close(run(*args, **arrays), reference(*args, **arrays))
 
 
-@pytest.mark.parametrize("spec", [s for s in decode_specs.SPECS if s.slots <= 700], ids=lambda s: s.name)
+@pytest.mark.parametrize("spec", thinned([s for s in decode_specs.SPECS if s.slots <= 700], 3), ids=lambda s: s.name)
 def test_logits_on_request_are_those_of_the_softmax(spec: decode_specs.DecodeSpec) -> None:
     run, args, arrays = jitted(decode_attention, spec, "xla", return_logits=True)
     reference, _, _ = jitted(decode_attention, spec, "reference", return_logits=True)

@@ -39,6 +39,7 @@ from pallas_kernels.pages import Pages
 from pallas_kernels.rope import Rope
 from pallas_kernels.rows import Rows
 from pallas_kernels.testing import assert_close
+from tests.thin import thinned
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 INTEGERS, FLOATS = TpuCore(), TpuCore(multiplies_int8=False, vector_memory=1 << 24)
@@ -162,7 +163,7 @@ def run(keys: Loader, values: Loader, core: TpuCore, queries: int = 4, **more: A
     return got, jitted(reference.run)
 
 
-@pytest.mark.parametrize(("core", "keys", "values"), PAIRS)
+@pytest.mark.parametrize(("core", "keys", "values"), thinned(PAIRS))
 def test_equals_the_reference(core: TpuCore, keys: Callable[[], Loader], values: Callable[[], Loader]) -> None:
     assert_close(*run(keys(), values(), core))
 

@@ -42,6 +42,7 @@ from tests.save.driver import (
     run_steps,
 )
 from tests.sharding.hlo import collectives
+from tests.thin import thinned
 
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
 TOLERANCE = 1e-5
@@ -69,7 +70,7 @@ def place_step(step, mesh, stacked: bool = False):
     return place(on_host(step), specs, mesh)
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", thinned(SPECS))
 def test_every_named_method_on_a_2_by_4_mesh(spec: str) -> None:
     mesh, method = make_mesh(2, 4), parse(spec)
     if method.joint:

@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 PROGRAM = """
 import sys
 from pathlib import Path
@@ -45,6 +47,7 @@ assert len(losses) == 25 and np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.5, l
 """
 
 
+@pytest.mark.slow
 def test_training_without_the_other_packages(tmp_path):
     run = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(tmp_path)],

@@ -60,6 +60,7 @@ def lines(log: Path) -> int:
     return log.read_bytes().count(b"\n")
 
 
+@pytest.mark.slow
 def test_kill_and_resume_changes_nothing(tmp_path, corpus):
     alone = start(tmp_path / "alone", corpus)
     killed = start(tmp_path / "killed", corpus)

@@ -45,6 +45,11 @@ class Codec(abc.ABC):
     def block(self) -> int:
         """Tokens per block: the unit of encoding, eviction and transfer."""
 
+    @property
+    def read_block(self) -> int:
+        """Tokens that can be read only together: `block`, unless tokens are encoded together and stored one by one."""
+        return self.block
+
     @abc.abstractmethod
     def validate(self, head_dim: int) -> None:
         """Raises `UsageError`, with what would work, if vectors of `head_dim` channels cannot be stored."""

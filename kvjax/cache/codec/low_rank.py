@@ -62,6 +62,10 @@ class LowRank(Wrapped):
     def block(self) -> int:
         return self.window
 
+    @property
+    def read_block(self) -> int:
+        return self.inner.read_block
+
     def rank(self, dims: CacheDims) -> int:
         """r."""
         return max(8, 8 * round(self.share * dims.kv_heads * dims.head_dim / 8))

@@ -64,7 +64,7 @@ class Fate(abc.ABC):
 
     @property
     def codecs(self) -> tuple[Codec, ...]:
-        """Those of the segment aside: tokens are evicted in blocks that suit them too."""
+        """Those of the segment aside, of keys and of values: tokens are evicted in blocks that suit them too."""
         return ()
 
     @property

@@ -25,8 +25,9 @@ from kvjax.cache.methods.structured import (
     quest,
     razor,
     simlayerkv,
+    top_values,
 )
-from kvjax.cache.methods.while_decoding import h2o, keyformer, keyformer_released, kvzap, rkv, tova
+from kvjax.cache.methods.while_decoding import h2o, keyformer, keyformer_released, kvzap, rkv, selective, tova
 
 __all__ = [
     "DEFAULT_SHARE",
@@ -75,10 +76,12 @@ __all__ = [
     "random",
     "razor",
     "rkv",
+    "selective",
     "simlayerkv",
     "snapkv",
     "streaming_llm",
     "think",
+    "top_values",
     "tova",
     "turboquant",
     "turboquant_prod",

@@ -10,6 +10,7 @@ from kvjax.cache.codec import Identity
 from kvjax.cache.layout import ceil_to
 from kvjax.cache.method import CacheMethod
 from kvjax.cache.methods.named import METHODS
+from kvjax.cache.selector import ReadAll
 from kvjax.errors import UsageError, unknown
 
 
@@ -43,7 +44,7 @@ def combine(first: CacheMethod, second: CacheMethod) -> CacheMethod:
     base = second if second.budget.evicts else first
     other = first if base is second else second
     codec = coded[0] if coded else base
-    selecting = [m for m in (first, second) if m.selector.page is not None]
+    selecting = [m for m in (first, second) if m.selector != ReadAll()]
     if len(selecting) == 2:
         raise UsageError(f"{name!r} names two ways to choose what is read; a method has one selector")
     combined = {

@@ -11,8 +11,9 @@ from kvjax.cache.fate.represent import Anchor
 from kvjax.cache.method import CacheMethod, Prefill
 from kvjax.cache.methods.size import size, uniform
 from kvjax.cache.policy import AttentionMass, Observation, Recency
-from kvjax.cache.selector import ProbedPages, TopPages
+from kvjax.cache.selector import ProbedPages, TopPages, TopValues
 from kvjax.cache.selector.probed_pages import Cutoff, Probe
+from kvjax.cache.selector.top_values import Renormalise
 
 
 def adakv(
@@ -231,6 +232,18 @@ def actqkv(
     return CacheMethod(name="actqkv", selector=selector, recent=recent, sinks=sinks, prefill=prefill)
 
 
+def top_values(count: int = 100, renormalise: Renormalise = "loaded") -> CacheMethod:
+    """Everything is kept, and a decoded token reads all keys but the values of the tokens that matter most to it.
+
+    Paper: Lin et al., 2025, "Sigma: Differential Rescaling of Query, Key and Value for Efficient Language Models"
+    (arXiv 2501.13629), which loads the values of the 100 best tokens of each query head. Cached: all keys after rotary
+    embedding and all values, 16 bits per element; what is saved is reading, at most half of it. Prompts, chunks and
+    questions of several tokens read everything. Whether the weights of what is loaded sum to one is open in the paper:
+    renormalise=loaded (they do) or all. Goes on top of other methods: `h2o:tokens=512+top_values`.
+    """
+    return CacheMethod(name="top_values", selector=TopValues(count=count, renormalise=renormalise))
+
+
 NAMED: dict[str, Callable[..., CacheMethod]] = {
     "adakv": adakv,
     "mikv": mikv,
@@ -242,4 +255,5 @@ NAMED: dict[str, Callable[..., CacheMethod]] = {
     "simlayerkv": simlayerkv,
     "quest": quest,
     "actqkv": actqkv,
+    "top_values": top_values,
 }

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from kvjax.cache.method import CacheMethod
 from kvjax.cache.methods.size import uniform
-from kvjax.cache.policy import AttentionMass, Frozen, Keyformer, LastAttention, OverHeads, Predicted, Redundancy
+from kvjax.cache.policy import AttentionMass, Frozen, Hidden, Keyformer, LastAttention, OverHeads, Predicted, Redundancy
 
 
 def h2o(
@@ -138,6 +138,20 @@ def kvzap(
     )
 
 
+def selective(
+    tokens: int | None = None, share: float | None = None, bytes: int | None = None, every: int | None = 1
+) -> CacheMethod:
+    """The tokens that others have hidden least, at every step; for models with selective attention.
+
+    Paper: Leviathan et al., 2024, "Selective Attention Improves Transformer" (arXiv 2410.02703). Cached: keys after
+    rotary embedding and values, exact, positions once per layer, and one float32 per token seen, by which the model's
+    attention lowers its logits and this method chooses; all heads keep the same tokens. The first token is never
+    hidden and the newest not yet, so both stay. A prompt attends to itself exactly and is compressed at its end. The
+    paper's budgets differ between layers (a `LayerTable` of your own); here each layer has the same.
+    """
+    return CacheMethod(name="selective", budget=uniform(tokens, share, bytes), policy=Hidden(), recent=1, every=every)
+
+
 NAMED: dict[str, Callable[..., CacheMethod]] = {
     "h2o": h2o,
     "tova": tova,
@@ -145,4 +159,5 @@ NAMED: dict[str, Callable[..., CacheMethod]] = {
     "keyformer_released": keyformer_released,
     "rkv": rkv,
     "kvzap": kvzap,
+    "selective": selective,
 }

@@ -7,6 +7,7 @@ from kvjax.cache.policy.critical import Critical
 from kvjax.cache.policy.expected_attention import ExpectedAttention
 from kvjax.cache.policy.frozen import Frozen
 from kvjax.cache.policy.given import Given
+from kvjax.cache.policy.hidden import Hidden
 from kvjax.cache.policy.key_diff import KeyDiff
 from kvjax.cache.policy.key_norm import KeyNorm
 from kvjax.cache.policy.keyformer import Keyformer
@@ -27,6 +28,7 @@ __all__ = [
     "ExpectedAttention",
     "Frozen",
     "Given",
+    "Hidden",
     "KeyDiff",
     "KeyNorm",
     "Keyformer",

@@ -73,6 +73,7 @@ class Policy(abc.ABC):
       forgets: whether the attention statistic holds each row's newest query's attention alone, not the sum over all.
       perturbs: whether attention is summed of another softmax than attention's own (`perturbed`).
       calibrated: whether its data are learnt beforehand, by `kvjax calibrate`.
+      needs_hiding: whether scores are made of what tokens hide, which only selective attention knows.
       repetition: the pass over the model that `Prompt.scores` come from, where the policy needs them; else None.
     """
 
@@ -84,6 +85,7 @@ class Policy(abc.ABC):
     forgets: ClassVar[bool] = False
     perturbs: ClassVar[bool] = False
     calibrated: ClassVar[bool] = False
+    needs_hiding: ClassVar[bool] = False
     repetition: ClassVar[Repetition | None] = None
 
     @property

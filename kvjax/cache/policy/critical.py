@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from kvjax.cache.policy.seen import Prompt, Slots, Tokens, ranks
 from kvjax.cache.policy.wrapper import Wrapper
 from kvjax.cache.prompt import group, group_filled
+from kvjax.cache.step import Step
 from kvjax.errors import UsageError
 from kvjax.typing import Array
 
@@ -78,10 +79,21 @@ def projected_norms(tokens: Tokens) -> Array:
         blocks, numbers, exists = head
 
         def norms(number: Array) -> Array:
-            weight = projection[number].astype(jnp.float32)
+            weight = _of_stored(step, number, projection[number].astype(jnp.float32))
             return jax.lax.map(lambda x: jnp.abs(x @ weight).sum(-1), blocks).reshape(-1)[: batch * count]
 
         each = jax.lax.map(norms, numbers)
         return jnp.where(exists[:, None], each, 0.0).sum(0) / exists.sum()
 
     return jax.lax.map(of_head, (rows, query_heads, filled)).reshape(heads, batch, count).swapaxes(0, 1)
+
+
+def _of_stored(step: Step, number: Array, weight: Array) -> Array:
+    """What stored values meet, f32 [H', D]: the output projection [H, D] of a query head, behind `finish`."""
+    if step.latent is not None:
+        return step.latent.up_values[number].astype(jnp.float32) @ weight
+    if step.value_part is None:
+        return weight
+    parts = max(step.value_part) + 1
+    mine = jnp.asarray(step.value_part)[number] == jnp.arange(parts)
+    return jnp.where(mine[:, None, None], weight, 0.0).reshape(-1, weight.shape[-1])

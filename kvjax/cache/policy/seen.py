@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from kvjax.cache.prompt import all_keys, group_queries, rotate
+from kvjax.cache.prompt import all_keys, check_whole, group_queries, rotate
 from kvjax.cache.step import Step
 from kvjax.typing import Array, PyTree
 from pallas_kernels import attention_mass
@@ -140,7 +140,12 @@ class Prompt(Tokens):
         return queries, places, places >= 0
 
     def mass(self, reduce: GroupReduce, last: int | None = None, perturbed: Perturbed | None = None) -> Array:
-        """Attention that every key receives: f32 [B, K, T], summed over all queries or over each row's `last` ones."""
+        """Attention that every key receives: f32 [B, K, T], summed over all queries or over each row's `last` ones.
+
+        Raises:
+          UsageError: see `kvjax.cache.prompt.check_whole`.
+        """
+        check_whole(self.step)
         queries, lse, query_positions, query_valid = self.queries, self.log_sum_exp, self.positions, self.valid
         if last is not None:
             queries, query_positions, query_valid = self.last_queries(last)

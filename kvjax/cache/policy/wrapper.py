@@ -54,6 +54,10 @@ class Wrapper(Policy):
         return self.inner.calibrated
 
     @property
+    def needs_hiding(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.inner.needs_hiding
+
+    @property
     def repetition(self) -> Repetition | None:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.inner.repetition
 

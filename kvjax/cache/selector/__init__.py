@@ -3,5 +3,6 @@
 from kvjax.cache.selector.base import Chosen, ReadAll, Selector
 from kvjax.cache.selector.probed_pages import ProbedPages
 from kvjax.cache.selector.top_pages import TopPages
+from kvjax.cache.selector.top_values import TopValues
 
-__all__ = ["Chosen", "ProbedPages", "ReadAll", "Selector", "TopPages"]
+__all__ = ["Chosen", "ProbedPages", "ReadAll", "Selector", "TopPages", "TopValues"]

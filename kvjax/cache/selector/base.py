@@ -38,10 +38,11 @@ class Chosen:
 
 
 class Selector(abc.ABC):
-    """Which pages of the body new tokens read. Sinks, recent window and the tokens themselves are always read.
+    """What new tokens read. It saves reading, not memory; the cache stays as it is.
 
-    A selector saves reading, not memory: it keeps an `index` with something about every page, leaves [B, K, ...], and
-    the body stays as it is. The index may also hold what it remembers from one step to the next.
+    Either some pages of the body (`page`, `choose`): an `index` knows something about each, leaves [B, K, ...], and may
+    also hold what it remembers from one step to the next; sinks, recent window and the tokens themselves are always
+    read. Or all keys, and the values of some slots wherever they lie (`values`, `weigh`).
 
     Class attributes:
       rotated: whether its index is made of keys after rotary embedding, or of those before.
@@ -52,7 +53,7 @@ class Selector(abc.ABC):
     @property
     @abc.abstractmethod
     def page(self) -> int | None:
-        """Slots per page; None where everything is read."""
+        """Slots per page; None where no pages are chosen."""
 
     def index(self, dims: CacheDims, pages: int) -> PyTree:
         """The index of an empty body of `pages` pages."""
@@ -74,6 +75,20 @@ class Selector(abc.ABC):
           tokens: those of one step; right padding is not valid. valid: bool [B, K or 1, M, P], slots that hold tokens.
         """
         return None, index
+
+    @property
+    def values(self) -> int | None:
+        """Of how many slots a query of a decoded token reads the values; None is those of all whose keys it reads."""
+        return None
+
+    def weigh(self, logits: Array) -> tuple[Array, Array]:
+        """The `values` slots whose values are read, int32 [..., C], and their weights, f32 [..., C].
+
+        Args:
+          logits: f32 [..., S], those of the whole cache and of the token itself, the last; -inf where not seen. S is
+            more than `values`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} reads the values of all slots whose keys it reads")
 
     def settled(self, indices: Sequence[PyTree]) -> Sequence[PyTree]:
         """The indices of all layers after a step, where layers agree on how much each of them reads in the next."""

@@ -2,5 +2,6 @@
 
 from kvjax.models.huggingface.export import export
 from kvjax.models.huggingface.load import load
+from kvjax.models.huggingface.own import register
 
-__all__ = ["export", "load"]
+__all__ = ["export", "load", "register"]

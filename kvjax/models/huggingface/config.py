@@ -9,6 +9,7 @@ from typing import Any
 from kvjax.attention.rope import RopeConfig
 from kvjax.errors import UsageError, nearest
 from kvjax.models.config import TransformerConfig
+from kvjax.models.huggingface import latent
 from kvjax.models.huggingface import rope as rope_json
 from kvjax.models.huggingface.families import ACTIVATIONS, FAMILIES, HARMLESS, NEUTRAL, SAME, Family, Json
 
@@ -17,12 +18,15 @@ _TYPES: Mapping[str, tuple[type, ...]] = (
     dict.fromkeys((*SAME, "sliding_window", "max_window_layers", "sliding_window_pattern"), (int,))
     | dict.fromkeys(("rms_norm_eps", "attn_logit_softcapping", "final_logit_softcapping"), (int, float))
     | dict.fromkeys(("query_pre_attn_scalar", "rope_theta", "rope_local_base_freq"), (int, float))
-    | dict.fromkeys(("tie_word_embeddings", "mlp_bias", "attention_bias", "use_sliding_window"), (bool,))
+    | dict.fromkeys(
+        ("tie_word_embeddings", "mlp_bias", "attention_bias", "use_sliding_window", "rope_interleave"), (bool,)
+    )
+    | dict.fromkeys(latent.SIZES, (int,))
     | dict.fromkeys(("hidden_act", "hidden_activation"), (str,))
     | {"layer_types": (list,), "rope_scaling": (dict,), "rope_parameters": (dict,)}
 )
 # Where null says "none" and does not stand for the default, which is a number.
-_NULLABLE = frozenset({"sliding_window", "attn_logit_softcapping", "final_logit_softcapping"})
+_NULLABLE = frozenset({"sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "q_lora_rank"})
 _TEXT_OF = {"gemma3": "gemma3_text"}  # multimodal model_type -> the model_type of its text_config
 
 
@@ -64,7 +68,7 @@ def read_config(json: Json, *, assume_harmless: Collection[str] = ()) -> Transfo
     }
     _check_types(fields)
     fields["num_key_value_heads"] = fields["num_key_value_heads"] or fields["num_attention_heads"]
-    fields["head_dim"] = fields["head_dim"] or fields["hidden_size"] // fields["num_attention_heads"]
+    fields["head_dim"] = fields.get("head_dim") or fields["hidden_size"] // fields["num_attention_heads"]
     rope, local_rope = _ropes(family, fields)
     values: dict[str, Any] = {ours: fields[theirs] for theirs, ours in SAME.items() if theirs in fields}
     values |= {"rope": rope, "local_rope": local_rope, "windows": _windows(family, fields)}
@@ -75,6 +79,7 @@ def read_config(json: Json, *, assume_harmless: Collection[str] = ()) -> Transfo
         values["attention_scale"] = fields["query_pre_attn_scalar"] ** -0.5
     if family.scales_embeddings:
         values["embed_scale"] = fields["hidden_size"] ** 0.5
+    values |= family.read_attention(fields)
     return TransformerConfig(**values, **family.implied)
 
 
@@ -182,11 +187,11 @@ def write_config(config: TransformerConfig, dtype: str) -> dict[str, Any]:
     """
     misfits: dict[str, list[str]] = {}
     for family in FAMILIES.values():
-        json = _write(family, config, dtype)
         try:
+            json = _write(family, config, dtype)
             differing = _differences(read_config(json), config)
         except UsageError as error:
-            differing = [str(error)]
+            json, differing = {}, [str(error)]
         if not differing:
             return json
         misfits[family.model_type] = differing
@@ -208,6 +213,7 @@ def _write(family: Family, config: TransformerConfig, dtype: str) -> dict[str, A
     if "query_pre_attn_scalar" in family.honoured:
         fields["query_pre_attn_scalar"] = round(config.scale**-2)
     fields |= _write_windows(family, config) | _write_ropes(family, config)
+    fields |= family.write_attention(config, fields)
     return fields | {"torch_dtype": dtype, "dtype": dtype, "use_cache": True}
 
 
@@ -243,10 +249,12 @@ def _canonical(config: TransformerConfig) -> TransformerConfig:
     in_order = config.kv_head_of_query == tuple(head // group for head in range(config.num_heads))
     return dataclasses.replace(
         config,
+        attention=config.attention.spelled_out(config.attention_config(0)),
         windows=windows,
         attention_scale=config.scale,
         local_rope=(config.local_rope or config.rope) if any(windows) else config.rope,
         kv_head_of_query=None if in_order else config.kv_head_of_query,
+        kv_layers=() if len(config.owners) == config.num_layers else config.kv_layers,
     )
 
 

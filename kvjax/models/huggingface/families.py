@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
+from kvjax.models.huggingface import latent
+
 Json = Mapping[str, Any]
 
 # Field of config.json -> field of TransformerConfig, where the value is the same.
@@ -97,6 +99,8 @@ class Family:
       local_rope: windowed layers have rotary parameters of their own.
       default_theta, default_local_theta: rope_theta where it is missing.
       harmless: fields that this architecture ignores.
+      read_attention: fields of `TransformerConfig` that follow from others than those of `SAME`.
+      write_attention: the fields behind those, given the config and the other fields written.
     """
 
     model_type: str
@@ -110,6 +114,8 @@ class Family:
     default_theta: float = 10_000.0
     default_local_theta: float = 10_000.0
     harmless: frozenset[str] = frozenset()
+    read_attention: Callable[[Json], dict[str, Any]] = lambda fields: {}
+    write_attention: Callable[[Any, Json], dict[str, Any]] = lambda config, fields: {}
 
 
 _ROPE = {"rope_theta": None, "rope_scaling": None, "rope_parameters": None}
@@ -150,6 +156,12 @@ _GEMMA2_SIZES = {
     "hidden_activation": "gelu_pytorch_tanh",
     "tie_word_embeddings": True,
     "query_pre_attn_scalar": 256,
+}
+_LATENT_SIZES = {
+    **{name: size for name, size in _LLAMA_SIZES.items() if name != "head_dim"},
+    **_ROPE,
+    **latent.SIZES,
+    "attention_bias": False,
 }
 _QWEN_WINDOW = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "layer_types": None}
 
@@ -228,6 +240,37 @@ _FAMILIES = (
         local_rope=True,
         default_theta=1_000_000.0,
         harmless=frozenset({"hidden_act", "_sliding_window_pattern"}),
+    ),
+    Family(
+        model_type="deepseek_v3",
+        architecture="DeepseekV3ForCausalLM",
+        honoured=_LATENT_SIZES
+        | {
+            "vocab_size": 129_280,
+            "hidden_size": 7168,
+            "intermediate_size": 18_432,
+            "num_hidden_layers": 61,
+            "num_attention_heads": 128,
+            "num_key_value_heads": 128,
+            "max_position_embeddings": 4096,
+            "first_k_dense_replace": 3,
+            "rope_interleave": True,
+        },
+        implied={},
+        slides=lambda layer, fields: False,
+        harmless=latent.IGNORED,
+        read_attention=latent.read_attention,
+        write_attention=latent.write_attention,
+    ),
+    Family(
+        model_type="deepseek_v2",
+        architecture="DeepseekV2ForCausalLM",
+        honoured=_LATENT_SIZES | {"vocab_size": 102_400, "mlp_bias": False},
+        implied={},
+        slides=lambda layer, fields: False,
+        harmless=latent.IGNORED,
+        read_attention=latent.read_attention,
+        write_attention=latent.write_attention,
     ),
 )
 

@@ -16,6 +16,7 @@ from kvjax.errors import CorruptDataError, UsageError
 from kvjax.models.config import TransformerConfig
 from kvjax.models.huggingface.checkpoint import Checkpoint
 from kvjax.models.huggingface.config import read_config, text_fields
+from kvjax.models.huggingface.own import MODEL_TYPE, read_own_config, read_own_params
 from kvjax.models.huggingface.params import read_params
 from kvjax.models.language_model import LanguageModel
 from kvjax.models.tokenizer import Tokenizer, load_tokenizer, read_json
@@ -33,7 +34,8 @@ def load(folder: str | Path, *, dtype: Any = None, assume_harmless: Collection[s
 
     Args:
       folder: a path, or "reference" for the small model that ships with kvjax.
-      dtype: of the parameters: float32, bfloat16 or float16; None takes what the config (or the file) says.
+      dtype: of the parameters: float32, bfloat16 or float16; None takes what the config (or the file) says, and keeps
+        each tensor's own where kvjax wrote the folder for a model that transformers does not have.
       assume_harmless: fields of config.json that kvjax does not know and that you know not to change the logits.
 
     Raises:
@@ -42,9 +44,12 @@ def load(folder: str | Path, *, dtype: Any = None, assume_harmless: Collection[s
     """
     path = _resolve(folder)
     json = read_json(path / "config.json")
-    config = read_config(json, assume_harmless=assume_harmless)
-    checkpoint = Checkpoint(path)
-    params = read_params(config, checkpoint, _param_dtype(dtype, json, checkpoint))
+    if json.get("model_type") == MODEL_TYPE:
+        config = read_own_config(json, assume_harmless=assume_harmless)
+        params = read_own_params(config, Checkpoint(path), None if dtype is None else _known(dtype))
+    else:
+        config, checkpoint = read_config(json, assume_harmless=assume_harmless), Checkpoint(path)
+        params = read_params(config, checkpoint, _param_dtype(dtype, json, checkpoint))
     tokenizer = load_tokenizer(path, _stop_ids(path, json))
     _check_vocabulary(tokenizer, config, path)
     return LanguageModel(config, params, tokenizer, path.name)
@@ -71,6 +76,11 @@ def _param_dtype(dtype: Any, json: dict[str, Any], checkpoint: Checkpoint) -> np
     named = dtype or fields.get("dtype") or fields.get("torch_dtype") or json.get("dtype") or json.get("torch_dtype")
     if named is None:
         named = max((checkpoint.entry(name) for name in checkpoint), key=lambda entry: entry.nbytes).dtype
+    return _known(named)
+
+
+def _known(named: Any) -> np.dtype[Any]:
+    """A dtype that parameters can have. Raises UsageError for others."""
     name = named.removeprefix("torch.") if isinstance(named, str) else jnp.dtype(named).name
     if name not in PARAM_DTYPES:
         raise UsageError(f"dtype {name!r} cannot hold parameters; give dtype=float32, bfloat16 or float16.")

@@ -40,9 +40,9 @@ def read_params(config: TransformerConfig, checkpoint: Checkpoint, dtype: np.dty
     body = _find_body(checkpoint)
     names = {weight.path: _stored_name(weight.name, body) for weight in weights(config)}
     for weight in weights(config):
-        _check(weight, names[weight.path], checkpoint)
+        check_tensor(weight, names[weight.path], checkpoint)
     _check_surplus(set(names.values()), body, checkpoint, config)
-    params = {weight.path: _read(weight, names[weight.path], checkpoint, dtype) for weight in weights(config)}
+    params = {weight.path: read_tensor(weight, names[weight.path], checkpoint, dtype) for weight in weights(config)}
     return flax.traverse_util.unflatten_dict(params)
 
 
@@ -61,8 +61,12 @@ def _stored_name(name: str, body: str) -> str:
     return body + name.removeprefix("model.")
 
 
-def _check(weight: Weight, name: str, checkpoint: Checkpoint) -> None:
-    """The tensor is there, with the right shape, and holds numbers."""
+def check_tensor(weight: Weight, name: str, checkpoint: Checkpoint, *, whole: bool = False) -> None:
+    """The tensor is there, with the right shape, and holds numbers: whole ones, or ones with a point.
+
+    Raises:
+      CorruptDataError: it is not, naming the tensor.
+    """
     shape = list(weight.stored_shape)
     if name not in checkpoint:
         fix = "the checkpoint is incomplete, or config.json belongs to another model"
@@ -75,7 +79,11 @@ def _check(weight: Weight, name: str, checkpoint: Checkpoint) -> None:
             f"{path}: the tensor {name!r} has the shape {list(entry.shape)}, but config.json asks for {shape}; "
             "correct config.json, or use the weights that belong to it."
         )
-    if entry.dtype.kind in "iub":
+    if whole and entry.dtype.kind not in "iub":
+        raise CorruptDataError(
+            f"{path}: the tensor {name!r} holds {entry.dtype}, but the model has whole numbers there."
+        )
+    if not whole and entry.dtype.kind in "iub":
         raise CorruptDataError(
             f"{path}: the tensor {name!r} holds {entry.dtype} codes; quantised checkpoints are not read. "
             "Use the unquantised one."
@@ -106,14 +114,12 @@ def _check_tied(head: str, embedding: str, checkpoint: Checkpoint) -> None:
         )
 
 
-def _read(weight: Weight, name: str, checkpoint: Checkpoint, dtype: np.dtype[Any]) -> Array:
+def read_tensor(weight: Weight, name: str, checkpoint: Checkpoint, dtype: np.dtype[Any]) -> Array:
     """One parameter, read and laid out piece by piece in the memory that the device array then takes over."""
     value = _aligned(weight.shape, dtype)
-    stored = weight.as_stored(value)
     for start, piece in checkpoint.files[name].pieces(name):
-        target = stored[start : start + len(piece)]
         with np.errstate(over="ignore"):  # an overflow is an error with a name, just below
-            target[...] = piece
+            target = weight.put(value, start, piece)
         if dtype == np.float16 and not np.isfinite(target).all() and np.isfinite(piece).all():
             raise UsageError(f"{name!r} holds values beyond float16's 65504; load with dtype=bfloat16 or float32.")
     # Waiting keeps at most one tensor on its way: transfers are asynchronous and hold their source until they end.

@@ -129,7 +129,13 @@ def parse(json: Json, *, default_theta: float, max_positions: int, where: str) -
 
 
 def write(rope: RopeConfig) -> dict[str, Any]:
-    """The `rope_parameters` dictionary of transformers 5; without `rope_theta` it is `rope_scaling` of 4."""
-    kind = _KINDS[type(rope.scaling)]
+    """The `rope_parameters` dictionary of transformers 5; without `rope_theta` it is `rope_scaling` of 4.
+
+    Raises:
+      UsageError: transformers has no such scaling.
+    """
+    kind = _KINDS.get(type(rope.scaling))
+    if kind is None:
+        raise UsageError(f"transformers has no rotary embedding like {rope.scaling!r}.")
     fields = {key: value for key, value in kind.write(rope.scaling).items() if value is not None}
     return {"rope_type": kind.name, "rope_theta": rope.theta, **fields}

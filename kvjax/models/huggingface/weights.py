@@ -1,7 +1,8 @@
 """Which tensor of a Hugging Face checkpoint each parameter is, and how its axes are laid out there.
 
 Hugging Face stores a linear map as [outputs, inputs] with heads flattened; `Projection` keeps [inputs, outputs]
-with heads as axes of their own. Everything else has the same shape on both sides.
+with heads as axes of their own. Everything else has the same shape on both sides. Latent attention also shares tensors
+among parameters and has rows in another order (`latent.py`).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import flax.traverse_util
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax.models.config import TransformerConfig
+from kvjax.models.huggingface.latent import layout
 from kvjax.models.transformer import Transformer
 from kvjax.typing import PyTree
 
@@ -83,6 +85,58 @@ class Weight:
             return value.reshape(self.stored_shape)
         return value.reshape(self.stored_shape[::-1]).T
 
+    def put(self, value: Numpy, start: int, piece: Numpy) -> Numpy:
+        """Writes rows of the tensor, from `start` on, into the parameter; gives what now stands there."""
+        stored = self.as_stored(value)
+        target = stored.reshape(stored.shape or (1,))[start : start + len(piece)]
+        target[...] = piece
+        return target
+
+    def give(self, value: Numpy, tensor: Numpy | None) -> Numpy:
+        """The tensor with this parameter in it, where parameters that share it have left it as `tensor`."""
+        assert tensor is None, f"{self.name} is the tensor of one parameter"
+        return self.as_stored(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class PartWeight(Weight):
+    """A parameter that has some rows of a tensor, or all of them in another order.
+
+    Its outputs are its axes behind the first, or the first and the last where heads lead (`up_keys` [N, R, H]).
+
+    Attributes:
+      rows: for each output, the row of the tensor. total: how many rows that has.
+    """
+
+    rows: tuple[int, ...] = ()
+    total: int = 0
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        if self.path[-1] == "bias":
+            return (self.total,)
+        return self.total, math.prod(self.shape) // len(self.rows)
+
+    def put(self, value: Numpy, start: int, piece: Numpy) -> Numpy:
+        rows = np.array(self.rows)
+        (own,) = np.nonzero((rows >= start) & (rows < start + len(piece)))
+        view = self._by_output(value)
+        index = np.unravel_index(own, view.shape[:-1])
+        view[index] = piece.reshape(len(piece), -1)[rows[own] - start]
+        return view[index]
+
+    def give(self, value: Numpy, tensor: Numpy | None) -> Numpy:
+        tensor = np.empty(self.stored_shape, value.dtype) if tensor is None else tensor
+        view = self._by_output(value)
+        tensor.reshape(self.total, -1)[np.array(self.rows)] = view.reshape(len(self.rows), -1)
+        return tensor
+
+    def _by_output(self, value: Numpy) -> Numpy:
+        """A view [*outputs, inputs]."""
+        if self.path[-1] == "bias":
+            return value[..., None]
+        return np.moveaxis(value, 0 if self.path[-1] == "kernel" else 1, -1)
+
 
 def flatten(tree: PyTree) -> dict[Path, Any]:
     """A nested dictionary of parameters as path -> leaf."""
@@ -107,7 +161,22 @@ def weights(config: TransformerConfig) -> tuple[Weight, ...]:
 
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     shapes = flatten(jax.eval_shape(Transformer(config).init, jax.random.key(0), tokens)["params"])
-    found = [Weight(path, name(path), struct.shape, inputs(path)) for path, struct in shapes.items()]
+    attention = layout(config)
+
+    def weight(path: Path, shape: tuple[int, ...]) -> Weight:
+        part = attention.get(path[2:]) if path[1:2] == ("attention",) else None
+        if part is None:
+            return Weight(path, name(path), shape, inputs(path))
+        stored = f"model.layers.{path[0].removeprefix('layers_')}.self_attn.{part.name}"
+        if part.rows is None:
+            return Weight(path, stored, shape, inputs(path))
+        return PartWeight(path, stored, shape, None, part.rows, part.total)
+
+    return in_order(weight(path, struct.shape) for path, struct in shapes.items())
+
+
+def in_order(found: Iterable[Weight]) -> tuple[Weight, ...]:
+    """Weights as checkpoints list them: embedding, layers, final norm, head."""
     return tuple(sorted(found, key=_order))
 
 

@@ -1,0 +1,117 @@
+"""Training one variant, and what is measured of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
+
+from kvjax.assets import REFERENCE, heldout_text
+from kvjax.cache.methods import parse
+from kvjax.cache.plan import layer_bytes
+from kvjax.engine.prefill import cache_dims
+from kvjax.models.config import TransformerConfig
+from kvjax.models.language_model import LanguageModel
+from kvjax.models.tokenizer import load_tokenizer
+from kvjax.models.transformer import Transformer
+from kvjax.progress import Track
+from kvjax.tasks import Vocabulary
+from kvjax.training.data import Batches
+from kvjax.training.loop import Loop, train
+from kvjax.training.loss import NextToken
+from kvjax.training.schedule import LearningRate, Stage, optimizer
+from kvjax.training.step import on_device
+from kvjax.typing import Array, PyTree
+
+UNSEEN = 1 << 20
+"""Added to the seed of the batches that nothing was trained on."""
+HELD_OUT = 0.1
+"""Share of the text, its end, that no variant is trained on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """How every variant is trained and measured: on as many tokens, the same ones.
+
+    Attributes:
+      steps, batch_tokens: of training. length: tokens of a sequence; half of the sequences are text, half repeat random
+        tokens, with one period or as segments in random order, which are found by content alone.
+      peak: learning rate. eval_batches: of unseen rows that are measured.
+    """
+
+    steps: int
+    batch_tokens: int
+    length: int
+    peak: float
+    eval_batches: int
+
+    @property
+    def stage(self) -> Stage:
+        """What sequences hold."""
+        return Stage(length=self.length, pairs=1, repeat=0.5, text=0.5, filler=0.0, tasks=0.0, shorter=0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Words, and the held-out text of the package in the tokens of its tokenizer, in two parts."""
+
+    vocabulary: Vocabulary
+    seen: NDArray[np.int32]
+    unseen: NDArray[np.int32]
+
+    @classmethod
+    def load(cls) -> Data:
+        backend = load_tokenizer(REFERENCE).backend
+        assert backend is not None
+        text = np.asarray(backend.encode(heldout_text(), add_special_tokens=False).ids, np.int32)
+        cut = int(len(text) * (1 - HELD_OUT))
+        return cls(Vocabulary.of(backend), text[:cut], text[cut:])
+
+
+def trained(
+    config: TransformerConfig, training: Training, data: Data, seed: int, folder: Path, track: Track
+) -> LanguageModel:
+    """A variant after its training; goes on where a run in the folder stopped."""
+    module = Transformer(config)
+    params = module.init(jax.random.key(seed), jnp.zeros((1, 8), jnp.int32))["params"]
+    rate = LearningRate(training.peak, training.steps // 20 + 1, training.steps // 2, training.steps)
+    batches = Batches(data.vocabulary, data.seen, seed, training.batch_tokens)
+    loop = Loop(folder, training.steps, save_every=max(1, training.steps // 4))
+    with track(folder.name, training.steps) as advance:
+        done = 0
+
+        def show(record: dict[str, Any]) -> None:
+            nonlocal done
+            advance(record["step"] + 1 - done, f"loss {record['loss']:.3f}")
+            done = record["step"] + 1
+
+        params = train(loop, partial(_forward, module), params, optimizer(rate), batches, (training.stage,), show)
+    return LanguageModel(config, params, load_tokenizer(REFERENCE), folder.name)
+
+
+def measured(model: LanguageModel, training: Training, data: Data) -> dict[str, float]:
+    """Unseen rows: nats per token of text, recalled tokens, and how many tokens were asked for."""
+    batches = Batches(data.vocabulary, data.unseen, UNSEEN, training.batch_tokens)
+    run = jax.jit(lambda params, batch: NextToken()(partial(_forward, model.module), params, batch, 0)[1])
+    text, correct, asked = [], 0.0, 0.0
+    for index in range(training.eval_batches):
+        _, nats, hits, answers = run(model.params, on_device(batches.batch(index, training.stage)))
+        text.append(float(nats))
+        correct, asked = correct + float(hits.sum()), asked + float(answers.sum())
+    return {"text": float(np.mean(text)), "recall": correct / max(asked, 1.0), "asked": asked}
+
+
+def bytes_per_token(config: TransformerConfig, method: str = "full", tokens: int = 4096) -> float:
+    """Of a row's cache, allocated for `tokens` tokens, all layers together."""
+    dims = cache_dims(LanguageModel(config, {}), 1, tokens, tokens)
+    return sum(layer_bytes(parse(method), one) for one in dims) / tokens
+
+
+def _forward(module: Transformer, params: PyTree, tokens: Array) -> Array:
+    return module.apply({"params": params}, tokens)[0]
