@@ -28,6 +28,7 @@ class Config:
       by: gqa: pool heads by their mean, or keep the principal directions of weights or of a text's keys and values.
       groups: gqa: which heads become one: neighbours, or those that are most alike.
       latent_dim: latent: channels of the latent.
+      rotary_heads: latent: channels of the rotary key beside it, in heads of the model.
       text: a file of sample text; "-" reads standard input. The last tenth of it is kept for the perplexities.
       out: the folder to write; it must not exist, or be empty.
       samples: windows of the text that conversion looks at, at most.
@@ -46,6 +47,7 @@ class Config:
     by: Literal["mean", "svd-weights", "svd-activations"] = "svd-activations"
     groups: Literal["adjacent", "alike"] = "adjacent"
     latent_dim: int | None = None
+    rotary_heads: int = 1
     text: str | None = None
     out: Path | None = None
     samples: int = 128
@@ -116,14 +118,17 @@ def converted(model: LanguageModel, config: Config, seen: Samples) -> LanguageMo
 
     from kvjax.calibration.samples import Samples
     from kvjax.convert.mha_to_gqa import mha_to_gqa
+    from kvjax.convert.to_latent import to_latent
 
+    chosen = np.linspace(0, len(seen) - 1, min(config.samples, len(seen))).round().astype(int)
+    text = Samples(seen.tokens[chosen], seen.lengths[chosen]).batches(config.batch)
     if config.to == "latent":
-        return _to_latent(model, config)
+        if config.latent_dim is None:
+            raise UsageError("--to latent needs --latent-dim, the channels of the latent.")
+        return to_latent(model, config.latent_dim, rotary_heads=config.rotary_heads, text=text)
     if config.heads is None:
         raise UsageError(f"--to gqa needs --heads, a divisor of the model's {model.config.num_kv_heads} kv heads.")
-    chosen = np.linspace(0, len(seen) - 1, min(config.samples, len(seen))).round().astype(int)
-    looked = Samples(seen.tokens[chosen], seen.lengths[chosen])
-    return mha_to_gqa(model, config.heads, config.by, groups=config.groups, text=looked.batches(config.batch))
+    return mha_to_gqa(model, config.heads, config.by, groups=config.groups, text=text)
 
 
 def recovered(model: LanguageModel, config: Config, seen: Samples) -> LanguageModel:
@@ -151,15 +156,3 @@ def _required(config: Config) -> tuple[Path, str]:
     if min(config.samples, config.batch) < 1:
         raise UsageError(f"--samples and --batch are at least 1; got {config.samples} and {config.batch}.")
     return config.out, config.text
-
-
-def _to_latent(model: LanguageModel, config: Config) -> LanguageModel:
-    import importlib
-
-    if config.latent_dim is None:
-        raise UsageError("--to latent needs --latent-dim, the channels of the latent.")
-    try:
-        module = importlib.import_module("kvjax.convert.to_latent")
-    except ModuleNotFoundError:
-        raise UsageError("this kvjax cannot convert to latents; use --to gqa.") from None
-    return module.to_latent(model, config.latent_dim)

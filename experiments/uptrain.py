@@ -1,6 +1,20 @@
 """Fewer kv heads from trained weights: what is lost at half the heads, and what training on text brings back.
 
-(The finding goes here.)
+Prediction, from the paper (Yu et al., 2024, arXiv 2406.07056; Llama-2-7B at half its heads, perplexity 5.47 before,
+1,079 by means, 808 by the weights' directions, 13.6 by those of keys and values): the directions of keys and values
+lose least, those of weights more, means most, before recovery and after it.
+
+It held, for the reference model (2 kv heads to 1) and for a multi-head model of 0.7 M parameters (8 to 4), on 128
+windows of 256 held-out tokens, all intervals of paired ratios apart. Perplexity is 1.13 and 1.04 times the model's by
+keys and values, 2.13 and 1.10 times by weights, 11.5 and 5.0 times by means. After 80 steps of LoRA on text, against
+the model after the same: 1.07 and 1.02, 1.35 and 1.04, 1.82 and 1.25. So the order stays, but most of what means lose
+comes back at once. LoRA alone makes the two models worse by 0.5 and 0.7 %, so what it brings back is no better fit to
+this text.
+
+What differs from the paper: weights do far better here than there. Their keys are turned through all positions before
+directions are chosen; without that, in a run besides, they give 28.8 and 1.39 times the model's perplexity. How the
+paper treats the rotation of weights is not known here. Which heads become one matters for means (2.5 times instead of
+5.0 where they are alike) and not, within the intervals, for directions of keys and values.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ class Variant:
 def _moving(rule: Weighting) -> Variant:
     def start(model: VisionConfig, key: Array) -> States:
         heads, kv_heads = model.num_heads, model.num_kv_heads
-        one = MovingNorms.start(rule, heads, kv_heads, inner=Bidirectional(), window=WINDOW)
+        one = MovingNorms.start(rule, heads, kv_heads, inner=Bidirectional(), window=WINDOW, least=0)
         return (one,) * model.num_layers
 
     def frozen(states: States) -> States:
@@ -105,6 +105,10 @@ def batches(seed: Sequence[int], count: int, size: int) -> Batches:
     return [image_batch([*seed, i], size, style=STYLE) for i in range(count)]
 
 
+def _classified(model: VisionConfig, params: PyTree, images: Array, states: States) -> tuple[Array, Any]:
+    return VisionTransformer(model).apply({"params": params}, images, states)  # pyright: ignore[reportReturnType]
+
+
 @functools.lru_cache(maxsize=16)
 def _step(model: VisionConfig, rate: float, steps: int) -> tuple[optax.GradientTransformation, Callable[..., Any]]:
     """The optimizer and its compiled step, one for all seeds."""
@@ -113,7 +117,7 @@ def _step(model: VisionConfig, rate: float, steps: int) -> tuple[optax.GradientT
     @jax.jit
     def step(params: PyTree, opt_state: PyTree, states: States, images: Array, labels: Array) -> tuple[Any, ...]:
         def loss(params: PyTree) -> tuple[Array, States]:
-            logits, after = VisionTransformer(model).apply({"params": params}, images, states)  # pyright: ignore[reportReturnType]
+            logits, after = _classified(model, params, images, states)
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), after
 
         grads, after = jax.grad(loss, has_aux=True)(params)
@@ -136,7 +140,7 @@ def train(model: VisionConfig, params: PyTree, states: States, data: Batches, ra
 def _reading(model: VisionConfig) -> Callable[..., Any]:
     @jax.jit
     def read(params: PyTree, states: States, images: Array, labels: Array) -> tuple[Array, States]:
-        logits, after = VisionTransformer(model).apply({"params": params}, images, states)  # pyright: ignore[reportReturnType]
+        logits, after = _classified(model, params, images, states)
         return jnp.sum(jnp.argmax(logits, -1) == labels), after
 
     return read

@@ -101,7 +101,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> command.Config:
     return command.Config(quick=True, encoder="patches", codebooks=4, pairs=4, key_dim=2, hidden=5, batch=4)
 
 
-@pytest.mark.parametrize("encoder", ["patches", "vit"])
+@pytest.mark.parametrize("encoder", ["patches", pytest.param("vit", marks=pytest.mark.slow)])
 def test_a_tiny_run_writes_a_table_and_all_its_numbers(encoder, tiny, tmp_path: Path, capsys) -> None:
     config = dataclasses.replace(tiny, encoder=encoder, out=tmp_path / "run")
     command.main(config)

@@ -89,6 +89,16 @@ def test_recovery_is_shown_behind_the_conversion(folder: Path, tmp_path: Path, c
     np.testing.assert_allclose(read_windows(model, held.batches(4)).perplexity, float(shown[2][1]), atol=1e-3)
 
 
+def test_latents(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    """All rotary heads and the channels of all values: as many bytes as before, and the same function."""
+    assert run(folder, tmp_path / "out", "--to", "latent", "--latent-dim", "32", "--rotary-heads", "4") == 0
+    shown = [
+        line.split()[1] for line in capsys.readouterr().out.splitlines() if line.split()[0] in ("before", "converted")
+    ]
+    assert shown[0] == shown[1]
+    assert "MultiHeadLatent" in repr(kvjax.load(tmp_path / "out").config.attention)
+
+
 def test_what_is_measured_is_not_learnt_from(folder: Path) -> None:
     model = kvjax.load(folder / "model")
     seen, held = convert.windows(model, TEXT, convert.Config(length=32))

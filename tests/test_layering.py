@@ -49,7 +49,7 @@ LAYERS = {
         "kvjax.cache.hiding",
         *BASE,
     ),
-    "kvjax.convert": ("kvjax.convert", "kvjax.models", "kvjax.cache", *BASE),
+    "kvjax.convert": ("kvjax.convert", "kvjax.models", "kvjax.attention", "kvjax.cache", *BASE),
     "kvjax.calibration": (
         "kvjax.calibration",
         "kvjax.convert",

@@ -89,9 +89,9 @@ class Fetched:
 
 def bottleneck(name: str, config: BottleneckConfig, codebooks: Codebooks) -> Contender:
     """A bottleneck with these keys; each value gets 1 / C of a gradient, so rates are multiples of C."""
-    shares = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+    shares = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
     if config.decoder == "linear":  # whose own parameters get whole gradients
-        shares = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+        shares = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
     scale = config.codebooks if config.decoder == "softmax" else 1
     return Contender(name, Fetched(config), tuple(s * scale for s in shares), functools.partial(nearest, codebooks))
 

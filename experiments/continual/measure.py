@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 CHOOSING = 1_000
 """Seed of the stream that learning rates are chosen on; no other number depends on it."""
 TRAIN, TEST, OTHERS = range(3)
-RATES = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+RATES = (0.00003, 0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 MEANS = "nearest class mean"
 
 

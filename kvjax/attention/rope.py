@@ -171,6 +171,25 @@ class Yarn(Scaling):
 
 
 @dataclasses.dataclass(frozen=True)
+class Repeated(Scaling):
+    """The frequencies of narrower heads, `times` times over: several heads in a row as one (`kvjax.convert.to_latent`).
+
+    Channels l, l + H/(2 · times), ... of a head of H channels turn alike, each against the channel H/2 behind it.
+    """
+
+    inner: Scaling
+    times: int
+
+    def __post_init__(self) -> None:
+        _require(self.times >= 1, f"repeated rope frequencies need times >= 1, got {self.times}.")
+
+    def table(self, theta: float, head_dim: int, length: Array) -> Rope:
+        _require(head_dim % (2 * self.times) == 0, f"{head_dim} channels are not {self.times} heads of pairs.")
+        one = self.inner.table(theta, head_dim // self.times, length)
+        return dataclasses.replace(one, inv_freq=jnp.tile(one.inv_freq, self.times))
+
+
+@dataclasses.dataclass(frozen=True)
 class RopeConfig:
     """Rotary embedding of some layers: the base wavelength `theta` and how it is stretched."""
 

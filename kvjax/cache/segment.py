@@ -139,7 +139,6 @@ class Segment:
           logits: whether to return those too. chosen: what is read; None is everything.
           lowered: f32 [B, K or 1, S], by how much the logits of each slot are lowered, or None.
         """
-        windowed = step.window is not None
         valid, positions = self.valid, self.positions
         if chosen is not None:
             valid, positions = chosen.valid(valid), chosen.pages.take(positions)
@@ -149,31 +148,17 @@ class Segment:
             self.value_loader,
             valid=valid,
             pages=None if chosen is None else chosen.pages,
-            positions=positions if windowed else None,
-            query_positions=query_positions if windowed else None,
-            window=step.window,
-            scale=step.scale,
-            softcap=step.softcap,
-            bias=self._lowered(lowered),
+            positions=positions,
             return_logits=logits,
+            **self._asked(step, query_positions, lowered),
         )
 
     def logits(
         self, queries: Array, step: Step, places: Array | None, query_positions: Array, lowered: Array | None
     ) -> Array:
         """Those of `attend`, f32 [B, K, R, S], from the keys alone; arguments as there."""
-        windowed = step.window is not None
-        return decode_logits(
-            queries,
-            self._compared(step, places),
-            valid=self.valid,
-            positions=self.positions if windowed else None,
-            query_positions=query_positions if windowed else None,
-            window=step.window,
-            scale=step.scale,
-            softcap=step.softcap,
-            bias=self._lowered(lowered),
-        )
+        asked = self._asked(step, query_positions, lowered)
+        return decode_logits(queries, self._compared(step, places), valid=self.valid, positions=self.positions, **asked)
 
     def mix(self, slots: Array, weights: Array) -> Array:
         """The values of slots int32 [B, K, R, C], summed with weights f32 [B, K, R, C]: f32 [B, K, R, H].
@@ -192,12 +177,13 @@ class Segment:
             keys = RotatedLoader(keys, places, step.rope)
         return keys if step.latent is None else ConcatLoader((self.value_loader, keys))
 
-    def _lowered(self, lowered: Array | None) -> Array | None:
-        """What is added to the logits of each slot, f32 [B, K or 1, S]; lowered as in `attend`."""
+    def _asked(self, step: Step, query_positions: Array, lowered: Array | None) -> dict[str, Any]:
+        """What makes logits of products; arguments as in `attend`."""
         bias = self.bias
-        if lowered is None:
-            return bias
-        return -lowered if bias is None else bias - lowered
+        if lowered is not None:
+            bias = -lowered if bias is None else bias - lowered
+        static = {"window": step.window, "scale": step.scale, "softcap": step.softcap}
+        return {"query_positions": query_positions, "bias": bias, **static}
 
     def fitted(self, keys: Array, values: Array, prompt: Prompt) -> Segment:
         """This segment with the codecs' parameters that a prompt gives: keys (as stored) and values [B, K, T, H]."""

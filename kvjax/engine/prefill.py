@@ -134,7 +134,7 @@ def _draws(model: LanguageModel, batch: int, draws: int | Sequence[int]) -> Arra
     """uint32 [B], where the model draws its embeddings. Raises UsageError for another number of rows."""
     if model.config.embedding is None:
         return None
-    named = [draws + row for row in range(batch)] if isinstance(draws, int) else list(draws)
+    named = [int(draws) + row for row in range(batch)] if isinstance(draws, int | np.integer) else list(draws)
     if len(named) != batch:
         raise UsageError(f"{len(named)} draws for {batch} rows; give one per row, or a number to count on from")
     return model.place_rows(np.array([draw % 2**32 for draw in named], np.uint32))

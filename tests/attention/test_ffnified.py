@@ -12,12 +12,15 @@ import numpy as np
 import pytest
 
 import kvjax
-from kvjax.attention import AttentionConfig, AttentionKind, FFNified, FFNifiedGrid
+from kvjax.attention import AttentionConfig, AttentionKind, FFNified, FFNifiedGrid, GroupedQuery
+from kvjax.cache.layout import CacheDims
+from kvjax.cache.plan import layer_bytes
 from kvjax.cache.recorder import PromptRecorder
 from kvjax.errors import UsageError
 from kvjax.models.config import TransformerConfig
 from kvjax.models.language_model import LanguageModel
 from kvjax.models.transformer import Transformer
+from kvjax.models.vit import VisionConfig, VisionTransformer
 from tests.oracles import ffnified as oracle
 
 B, T, D, K = 3, 14, 16, 4
@@ -204,6 +207,47 @@ def test_sizes_are_those_of_the_maps_and_the_state_does_not_grow() -> None:
     assert state.nbytes == sum(leaf.nbytes for leaf in jax.tree.leaves(state)) == B * (2 * (K - 1) * D * 4 + 4)
     _, after = jax.jit(LanguageModel.apply)(model(), jnp.zeros((B, 40), jnp.int32), cache=states())
     assert after is not None and after[0].nbytes == state.nbytes
+
+
+def test_beside_grouped_query_attention_it_has_fewer_parameters_and_less_to_keep() -> None:
+    """At the sizes of the reference model and 1,024 tokens in bfloat16."""
+    sizes = AttentionConfig(num_heads=8, num_kv_heads=2, head_dim=32, scale=1.0)
+    x = jnp.zeros((1, 1, 160))
+    given = {"positions": jnp.zeros((1, 1), jnp.int32), "valid": jnp.ones((1, 1), bool), "rope": None}
+
+    def count(kind: AttentionKind) -> int:
+        module = kind.module(sizes, jnp.float32, "attention")
+        shapes = jax.eval_shape(functools.partial(module.init, **given), jax.random.key(0), x)["params"]
+        return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+    assert count(FFNified()) == 28_320 and count(GroupedQuery()) == 102_400
+    dims = CacheDims(1, 2, 8, 32, 1024, 1024)
+    assert FFNified().state(1, 160, jnp.bfloat16).nbytes == 3_844
+    assert layer_bytes(kvjax.methods.full(), dims) > 68 * 3_844
+
+
+def test_bfloat16_activations_stay_so_and_are_summed_in_float32() -> None:
+    x = jnp.asarray(draw(B, T, D)).astype(jnp.bfloat16)
+    weights, out, state = mixer(FFNified(K), x, VALID, FFNified(K).state(B, D, jnp.bfloat16))
+    assert out.dtype == state.queries.dtype == state.coefficients.dtype == jnp.bfloat16
+    expected = oracle.causal(np.asarray(x[0], np.float64), weights)
+    assert abs(np.asarray(out[0], np.float64) - expected).max() < 0.02 * abs(expected).max()
+
+
+def test_an_image_encoder_takes_the_grid_and_refuses_what_looks_back_only() -> None:
+    def config(kind: AttentionKind, pool: str = "mean") -> VisionConfig:
+        return VisionConfig(8, 2, 3, D, 1, 2, 1, 8, 24, mixer=kind, pool=pool)  # pyright: ignore[reportArgumentType]
+
+    images = jnp.asarray(draw(2, 8, 8, 3))
+    for kind, pool in ((FFNifiedGrid(3), "mean"), (FFNifiedGrid(3, class_tokens=1), "class token")):
+        model = VisionTransformer(config(kind, pool))
+        shapes = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+        params = parameters(shapes)
+        logits = model.apply({"params": params}, images)[0]
+        corner = model.apply({"params": params}, images.at[:, -1, -1].add(1.0))[0]
+        assert logits.shape == (2, 3) and np.isfinite(logits).all() and abs(logits - corner).max() > 1e-4
+    with pytest.raises(UsageError, match="got a Bidirectional"):
+        jax.eval_shape(VisionTransformer(config(FFNified())).init, jax.random.key(0), images)
 
 
 def test_a_donated_state_is_updated_in_place() -> None:

@@ -63,7 +63,8 @@ def rope() -> Rope:
 
 def step_of(parts: tuple[jax.Array, ...], start: jax.Array, valid: jax.Array, **fields: object) -> Step:
     positions = start[:, None] + jnp.arange(valid.shape[1], dtype=jnp.int32)
-    step = Step(*parts, positions, valid, rope(), scale=SCALE, selective=True)
+    q, k, v = parts
+    step = Step(q, k, v, positions, valid, rope(), scale=SCALE, selective=True)
     return dataclasses.replace(step, **fields)
 
 

@@ -23,6 +23,7 @@ from kvjax.models.config import TransformerConfig
 from kvjax.models.language_model import LanguageModel
 from kvjax.models.transformer import Transformer
 from tests.oracles import svd_heads as oracle
+from tests.thin import thinned
 
 THETA = 30.0
 CONFIG = TransformerConfig(
@@ -118,8 +119,14 @@ def test_the_slow_decoder_is_the_model() -> None:
 @pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize(
     "config",
-    [GROUPED, MULTI, dataclasses.replace(GROUPED, rope=None), dataclasses.replace(MULTI, rope=None)],
-    ids=["grouped, rotary", "multi-head, rotary", "grouped, absolute", "multi-head, absolute"],
+    thinned(
+        [
+            pytest.param(GROUPED, id="grouped, rotary"),
+            pytest.param(MULTI, id="multi-head, rotary"),
+            pytest.param(dataclasses.replace(MULTI, rope=None), id="multi-head, absolute"),
+            pytest.param(dataclasses.replace(GROUPED, rope=None), id="grouped, absolute"),
+        ]
+    ),
 )
 def test_principal_directions_as_specified(config: TransformerConfig, heads: int, by: By) -> None:
     model = make(config)
@@ -160,7 +167,7 @@ EXACT = {
 
 
 @pytest.mark.parametrize("by", WAYS)
-@pytest.mark.parametrize("config", EXACT.values(), ids=EXACT)
+@pytest.mark.parametrize("config", thinned([pytest.param(config, id=name) for name, config in EXACT.items()]))
 def test_as_many_heads_as_before_is_the_model(config: TransformerConfig, by: By) -> None:
     model = make(config)
     made = mha_to_gqa(model, 4, by, text=TEXT)

@@ -73,7 +73,7 @@ def weighed(nats: np.ndarray, text_weight: float = 0.5) -> float:
     batch, sums, counts = batch_of(), {"answer": 0.0, "text": 0.0}, {"answer": 0, "text": 0}
     for name in sums:
         for b, t in zip(*np.nonzero(np.asarray(batch[name])[:, 1:]), strict=True):
-            sums[name] += nats[b, t]
+            sums[name] += float(nats[b, t])
             counts[name] += 1
     return sums["answer"] / counts["answer"] + text_weight * sums["text"] / counts["text"]
 

@@ -70,24 +70,20 @@ def read_attention(fields: Json) -> dict[str, Any]:
 
 
 def write_attention(config: TransformerConfig, fields: Json) -> dict[str, Any]:
-    """The fields of config.json that say what `read_attention` reads; `fields` are the others.
+    """The fields of config.json that `read_attention` reads; `fields` are the others.
 
-    Raises:
-      UsageError: attention of another kind, or latents without a norm.
+    Of attention that no such fields describe, those that come nearest: what is written is read back and compared.
     """
+    dense = {"first_k_dense_replace": config.num_layers, "num_nextn_predict_layers": 0}
     kind = config.attention
     if not isinstance(kind, MultiHeadLatent):
-        raise UsageError("attention is not latent")
-    if not kind.normed:
-        raise UsageError("latents have no norm")
-    written = {
+        return dense
+    written = dense | {
         "q_lora_rank": kind.query_dim,
         "kv_lora_rank": kind.latent_dim,
         "qk_rope_head_dim": kind.rotary_key_dim,
         "qk_nope_head_dim": config.head_dim,
         "v_head_dim": kind.value_dim or config.head_dim,
-        "first_k_dense_replace": config.num_layers,
-        "num_nextn_predict_layers": 0,
     }
     scaling = None if config.rope is None else config.rope.scaling
     if kind.scale_factor != 1.0 and isinstance(scaling, Yarn) and scaling.factor > 1:

@@ -23,6 +23,7 @@ from kvjax import attention, describe
 from kvjax.attention import rope
 from kvjax.errors import CorruptDataError, UsageError, nearest
 from kvjax.models.config import TransformerConfig
+from kvjax.models.embedding import DrawnEmbedding
 from kvjax.models.huggingface.checkpoint import Checkpoint
 from kvjax.models.huggingface.families import HARMLESS, Json
 from kvjax.models.huggingface.params import check_tensor, read_tensor
@@ -41,7 +42,7 @@ def _exported() -> dict[str, type]:
     members = [*(getattr(attention, name) for name in attention.__all__), *vars(rope).values()]
     parts = (x for x in members if isinstance(x, type) and dataclasses.is_dataclass(x) and not inspect.isabstract(x))
     plain = (x for x in parts if not issubclass(x, nn.Module) and x.__module__.startswith("kvjax.attention."))
-    return {cls.__name__: cls for cls in (TransformerConfig, *plain)}
+    return {cls.__name__: cls for cls in (TransformerConfig, DrawnEmbedding, *plain)}
 
 
 PARTS: dict[str, type] = _exported()
@@ -71,7 +72,8 @@ class OwnWeight(Weight):
 @functools.lru_cache(maxsize=8)
 def _shapes(config: TransformerConfig) -> dict[Path, jax.ShapeDtypeStruct]:
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    return flatten(jax.eval_shape(Transformer(config).init, jax.random.key(0), tokens)["params"])
+    draws = None if config.embedding is None else jax.ShapeDtypeStruct((1,), jnp.uint32)
+    return flatten(jax.eval_shape(Transformer(config).init, jax.random.key(0), tokens, draws=draws)["params"])
 
 
 def own_weights(config: TransformerConfig) -> Sequence[Weight]:
