@@ -33,7 +33,7 @@ def read_cache(cache: LayerCache, tokens: Tokens) -> tuple[Array, LayerCache, Ar
     queries, own_keys, ranks = _rotate(cache, tokens)
     lowered = [None if cache.hiding is None else hiding.at(cache.hiding, s.positions) for s in cache.segments]
     if loads_few_values(cache, tokens):
-        merged, lse, logits = read_few_values(cache, tokens, queries, own_keys, ranks, lowered)
+        merged, lse, logits = read_few_values(cache, tokens, queries, own_keys, ranks)
     else:
         chosen, cache = _choose(cache, tokens)
         merged, lse, logits = _read_all_values(cache, tokens, chosen, queries, own_keys, ranks, lowered)

@@ -31,12 +31,11 @@ def read_few_values(
     queries: Array,
     own_keys: Array,
     places: Sequence[Array | None],
-    lowered: Sequence[Array | None],
 ) -> tuple[Array, Array, list[Array]]:
     """Attends one token to the cache and to itself.
 
     Args:
-      queries: [B, K, G, 1, H], own_keys: [B, K, 1, H], rotated. places, lowered: of each segment, see `Segment.attend`.
+      queries: [B, K, G, 1, H], own_keys: [B, K, 1, H], rotated. places: of each segment, see `Segment.attend`.
 
     Returns:
       out f32 [B, K, G, H']; the log-sum-exp of all slots f32 [B, K, G]; the logits f32 [B, K, G, S] of each segment.
@@ -44,10 +43,7 @@ def read_few_values(
     step, rows = tokens.step, queries[:, :, :, 0]
     at = jnp.tile(step.positions, (1, rows.shape[2]))
     segments = _segments(cache)
-    logits = [
-        segment.logits(rows, step, place, at, less)
-        for segment, place, less in zip(segments, places, lowered, strict=True)
-    ]
+    logits = [segment.logits(rows, step, place, at) for segment, place in zip(segments, places, strict=True)]
     own = logits_of(step, queries, own_keys)[..., 0]
     own = jnp.where(step.valid[:, None, None], own, -jnp.inf)
     everything = jnp.concatenate([*logits, own], axis=-1)

@@ -153,11 +153,9 @@ class Segment:
             **self._asked(step, query_positions, lowered),
         )
 
-    def logits(
-        self, queries: Array, step: Step, places: Array | None, query_positions: Array, lowered: Array | None
-    ) -> Array:
+    def logits(self, queries: Array, step: Step, places: Array | None, query_positions: Array) -> Array:
         """Those of `attend`, f32 [B, K, R, S], from the keys alone; arguments as there."""
-        asked = self._asked(step, query_positions, lowered)
+        asked = self._asked(step, query_positions, None)
         return decode_logits(queries, self._compared(step, places), valid=self.valid, positions=self.positions, **asked)
 
     def mix(self, slots: Array, weights: Array) -> Array:

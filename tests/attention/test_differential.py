@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvjax.attention import DiffQKV, GroupedQuery
+from kvjax.attention import AttentionKind, DiffQKV, GroupedQuery, SelfSelective
 from kvjax.attention.rope import RopeConfig
 from kvjax.cache.head_split import HeadSplit, empty_layer
 from kvjax.cache.layout import CacheDims
@@ -21,8 +22,10 @@ from kvjax.cache.plan import layer_bytes
 from kvjax.cache.policy.critical import projected_norms
 from kvjax.cache.policy.seen import Tokens
 from kvjax.cache.step import Step
+from kvjax.calibration.gates import stream
 from kvjax.engine.prefill import cache_dims
 from kvjax.errors import UsageError
+from kvjax.models.huggingface.own import read_own_config, write_own_config
 from kvjax.models.language_model import LanguageModel
 from kvjax.sharding import make_mesh, param_specs, place, shard_cache
 from tests.attention.decoding import assert_agree, attention_of, config_of, model_of, through_cache, whole
@@ -143,6 +146,8 @@ def test_the_published_size() -> None:
 
 # Groups of 8 channels: the scales are those of the value heads, as where each has a cache of its own.
 SLOW = (
+    "kivi-2:residual=8,group=8",
+    "h2o:tokens=12",
     "snapkv:tokens=14,window=4",
     "mikv:tokens=12",
     "streaming_llm:tokens=12,positions=renumbered",
@@ -152,8 +157,6 @@ SLOW = (
 )
 METHODS = (
     "int8:group=8",
-    "kivi-2:residual=8,group=8",
-    "h2o:tokens=12",
     "adakv:tokens=14,window=4",
     "razor",
     "top_values:count=5",
@@ -211,6 +214,26 @@ def test_every_kind_of_cache(method: str) -> None:
             ours[0][:, :, n][exists], single[part[n]][0][:, :, n][exists], atol=1e-5, rtol=0, err_msg=f"head {n}"
         )
         np.testing.assert_allclose(ours[1][:, :, n], single[part[n]][1][:, :, n], atol=1e-5, rtol=0)
+
+
+def test_streaming_attention_reads_the_part_of_a_query_head() -> None:
+    """What gates are found with (DuoAttention): as of two layers, each with one value head beside a key head."""
+    rng = np.random.default_rng(7)
+    q, k, v = (jnp.asarray(rng.standard_normal((1, 9, *shape)), jnp.float32) for shape in ((8, 8), (2, 8), (2, 16)))
+    at = jnp.arange(9, dtype=jnp.int32)[None]
+    step = Step(q, k, v, at, at >= 0, scale=0.5, value_part=(0, 0, 1, 1) * 2)
+    run = jax.jit(lambda step: stream(step, sinks=1, recent=3), compiler_options=QUICK)
+    got = run(step)
+    for part in range(2):
+        alone = dataclasses.replace(step, values=v[..., 8 * part : 8 * part + 8], value_part=None)
+        mine = np.array(step.value_part) == part
+        np.testing.assert_allclose(got[:, :, mine], run(alone)[:, :, mine], atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [SIGMA, SelfSelective(form="released linear", start=0.5)])
+def test_configs_are_read_back(kind: AttentionKind) -> None:
+    config = config_of(kind)
+    assert read_own_config(json.loads(json.dumps(write_own_config(config, "float32")))) == config
 
 
 def test_criticalkv_projects_the_part_that_a_query_head_reads() -> None:

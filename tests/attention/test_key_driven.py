@@ -171,6 +171,19 @@ def test_the_first_tokens_decide_the_map(chunk: int) -> None:
     np.testing.assert_array_equal(maps[0], expected)
 
 
+@pytest.mark.parametrize("method", ["h2o:share=0.5", "snapkv:share=0.5"])
+def test_methods_that_follow_attention_see_that_of_the_map(method: str) -> None:
+    """A map for all rows is data here, and known beforehand there: the same tokens stay, and the same is read."""
+    model = driven(KeyNorms("batch", 0), num_layers=1)
+    maps, _, _ = cached(model, PROMPT)
+    reads = tuple(maps[0][0].tolist())
+    assert len(set(reads)) > 1 and reads != (0, 0, 1, 1, 2, 2, 3, 3)
+    fixed = dataclasses.replace(model, config=config_of(LayerMaps((reads,)), num_kv_heads=4, num_layers=1))
+    (_, ours, _), (_, others, _) = (through_cache(one, method) for one in (model, fixed))
+    scale = np.abs(others[0]).max()
+    np.testing.assert_allclose(np.stack(ours) / scale, np.stack(others) / scale, atol=1e-5)
+
+
 def test_bytes_are_those_of_grouped_query_attention_and_of_the_map() -> None:
     caches = [through_cache(model_of(config_of(kind, num_kv_heads=4)))[2] for kind in (KeyDriven(), GroupedQuery())]
     assert caches[0].layer_bytes == caches[0].planned_bytes

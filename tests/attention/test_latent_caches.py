@@ -123,7 +123,12 @@ METHODS["compensate"] = dataclasses.replace(parse("h2o:tokens=10"), fate=Compens
 METHODS["read rotated"] = dataclasses.replace(parse("h2o:tokens=10"), rotate="read")
 
 
-@pytest.mark.parametrize("name", METHODS)
+QUICKLY = ("streaming_llm", "h2o", "keydiff", "snapkv", "criticalkv", "compensate", "read rotated")
+
+
+@pytest.mark.parametrize(
+    "name", [n if n.startswith(QUICKLY) else pytest.param(n, marks=pytest.mark.slow) for n in METHODS]
+)
 def test_latents_are_cached_like_the_keys_they_stand_for(name: str) -> None:
     latent, whole = (run(METHODS[name], dims) for dims in (DIMS, WHOLE))
     np.testing.assert_array_equal(latent[1], whole[1])
@@ -135,9 +140,9 @@ def test_latents_are_cached_like_the_keys_they_stand_for(name: str) -> None:
     ("method", "most"),
     [
         ("int8", 0.02),
-        ("fp8", 0.08),
+        pytest.param("fp8", 0.08, marks=pytest.mark.slow),
         ("kivi-4:group=8,residual=8", 0.2),
-        ("int4:group=8", 0.2),
+        pytest.param("int4:group=8", 0.2, marks=pytest.mark.slow),
         ("demote", 0.02),
     ],
 )

@@ -87,7 +87,7 @@ def write_attention(config: TransformerConfig, fields: Json) -> dict[str, Any]:
     }
     scaling = None if config.rope is None else config.rope.scaling
     if kind.scale_factor != 1.0 and isinstance(scaling, Yarn) and scaling.factor > 1:
-        mscale = {"mscale_all_dim": round((math.sqrt(kind.scale_factor) - 1) / (0.1 * math.log(scaling.factor)), 12)}
+        mscale = {"mscale_all_dim": _mscale(kind.scale_factor, scaling.factor)}
         written |= {name: {**fields[name], **mscale} for name in ("rope_parameters", "rope_scaling")}
     return written
 
@@ -98,6 +98,16 @@ def _scale_factor(rope: Json) -> float:
     if not mscale or not rope.get("factor"):
         return 1.0
     return float(f"{Yarn.default_amplitude(rope['factor'], mscale) ** 2:.9g}")
+
+
+def _mscale(scale_factor: float, factor: float) -> float:
+    """The shortest number that `_scale_factor` makes this of."""
+    exact = (math.sqrt(scale_factor) - 1) / (0.1 * math.log(factor))
+    shorter = (round(exact, digits) for digits in range(16))
+    return next(
+        (x for x in shorter if _scale_factor({"factor": factor, "mscale_all_dim": x}) == scale_factor),
+        exact,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
