@@ -1,4 +1,14 @@
-"""Does a discrete key-value bottleneck keep a classifier from forgetting when classes come one task after another?"""
+"""Does a discrete key-value bottleneck keep a classifier from forgetting when classes come one task after another?
+
+Found (2026-11-23; three tasks of two classes, 5 seeds, every head at the learning rate that serves it best in the
+stream): with values as logits it ends with more right than a linear probe on the same features: 47 % against 38 %
+(+9.0 points, 95 % interval 7.4 to 10.7) on a vision transformer, 55 % against 41 % (+14.3, 6.1 to 22.5) on statistics
+of patches; the nearest class mean gets 42 % on both. It does forget, 27 points on either. That is less than the probe
+where the probe needs a high rate to learn (61 points, on patches); on the transformer a probe that learns very slowly
+forgets 31, which is not distinguishable (−3.9, −11.4 to 3.6). Keys that were found on other classes than the stream's
+do nearly as well. With a trained linear decoder the advantage is gone: 23 and 27 %, below the probe. (Values as logits
+are a linear probe without bias on one-hot codes, so what protects is the sparse code.)
+"""
 
 from __future__ import annotations
 

@@ -17,6 +17,8 @@ from kvjax.cache.model_cache import ModelCache
 from kvjax.engine.prefill import cache_dims
 from kvjax.errors import UsageError
 from kvjax.models.config import TransformerConfig
+from kvjax.models.transformer import Transformer
+from kvjax.sharding import param_specs
 from kvjax.typing import Array, PyTree
 from tests.attention.decoding import (
     PROMPT,
@@ -139,6 +141,13 @@ def test_gradients_equal_finite_differences() -> None:
         ends = [loss(*jax.tree.unflatten(tree, [*leaves[:i], leaf + e * along, *leaves[i + 1 :]])) for e in (1, -1)]
         measured, expected = float(ends[0] - ends[1]) / 0.02, float(np.sum(gradient * along)) / 0.01
         assert abs(measured - expected) < 5e-3 * float(jnp.linalg.norm(gradient))
+
+
+def test_a_mesh_that_cuts_heads_keeps_the_latent_and_its_maps_whole() -> None:
+    shapes = jax.eval_shape(Transformer(config(QUERIES)).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    specs = param_specs(shapes["params"], jax.sharding.AbstractMesh((2, 2), ("data", "model")))  # pyright: ignore[reportArgumentType]
+    assert all(not any(spec) for spec in jax.tree.leaves(specs["layers_0"]["attention"]))
+    assert specs["layers_0"]["mlp"]["up"]["kernel"] == jax.sharding.PartitionSpec(None, "model")
 
 
 def test_refusals() -> None:

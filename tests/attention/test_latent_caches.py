@@ -146,8 +146,12 @@ def test_latents_are_cached_like_the_keys_they_stand_for(name: str) -> None:
         ("demote", 0.02),
     ],
 )
-def test_codes_of_latents_and_keys_have_scales_of_their_own(method: str, most: float) -> None:
+def test_codes_of_latents_and_keys_have_scales_of_their_own(
+    method: str, most: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Keys are a hundred times smaller than latents here: with one scale for both they would be lost."""
+    monkeypatch.setitem(ARRAYS, "keys", 0.01 * ARRAYS["keys"])
+    monkeypatch.setitem(ARRAYS, "queries", 100 * ARRAYS["queries"])
     if method == "demote":
         fate = Demote(Integer(bits=8), Integer(bits=8))
         made = dataclasses.replace(parse("h2o:tokens=10"), fate=fate)
