@@ -33,6 +33,7 @@ class Config:
       examples: per task and seed.
       batch: rows at a time.
       dtype: of tokens that a cache stores exactly.
+      chunk: tokens per step of methods that read a prompt in pieces.
       beside: other models (folders) of the same tokenizer, whose rows "name/method" stand beside those of the model;
         all sizes are shares of its full cache.
       out: the run's folder; default is a new runs/<time>-compare. The folder of a run that was stopped goes on.
@@ -48,6 +49,7 @@ class Config:
     examples: int = defaults.EXAMPLES
     batch: int = defaults.BATCH
     dtype: Literal["bfloat16", "float16", "float32"] = defaults.DTYPE
+    chunk: int = defaults.CHUNK
     beside: tuple[str, ...] = ()
     out: Path | None = None
 
@@ -74,7 +76,7 @@ def run(
     from kvjax.evaluation.plan import Options
 
     compile_cache.enable()
-    fields = [field.name for field in dataclasses.fields(Options) if hasattr(options, field.name)]
+    fields = [field.name for field in dataclasses.fields(Options)]
     models = [kvjax.load(one) for one in (model, *options.beside)]
     planned = beside.plans(models, methods, tasks, Options(**{name: getattr(options, name) for name in fields}))
     with record.open_run(name, config, out=config.out, seeds=range(options.seeds)) as run:

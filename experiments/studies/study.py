@@ -8,7 +8,7 @@ from typing import Literal
 
 from kvjax.cache.method import CacheMethod
 from kvjax.calibration.finder import Finder
-from kvjax.engine.prefill import CHUNK
+from kvjax.evaluation import defaults
 from kvjax.models.language_model import LanguageModel
 
 Measure = Literal["perplexity", "score", "divergence"]
@@ -61,7 +61,7 @@ class Condition:
     tasks: tuple[str, ...]
     context: int = 512
     query_aware: bool = True
-    chunk: int = CHUNK
+    chunk: int = defaults.CHUNK
     model: Callable[[LanguageModel], LanguageModel] = as_it_is
     why: str = ""
 

@@ -69,6 +69,7 @@ def compare(
     budget: str | None = None,
     query_aware: bool = False,
     dtype: str = defaults.DTYPE,
+    chunk: int = defaults.CHUNK,
     beside: Sequence[LanguageModel] = (),
     out: str | Path | None = None,
     progress: Track | None = track,
@@ -88,6 +89,7 @@ def compare(
         their default share.
       query_aware: show the question while the cache is compressed; by default it is hidden.
       dtype: of tokens that a cache stores exactly.
+      chunk: tokens per step of methods that read a prompt in pieces.
       beside: other models of the same tokenizer, such as one whose attention has a smaller cache: their rows are called
         "name/method", and their `ratio` is of the first model's full bf16 cache.
       out: a folder for report.html, made if need be.
@@ -107,7 +109,7 @@ def compare(
       KvjaxError: a cache's live buffers are not what its method declares.
       NumericsError: a measurement is not a finite number.
     """
-    options = Options(context, seeds, examples, batch, budget, query_aware, dtype)
+    options = Options(context, seeds, examples, batch, budget, query_aware, dtype, chunk)
     planned = plans([model, *beside], methods, tasks, options)
     if out is not None:
         with writing(out):

@@ -13,3 +13,4 @@ SEEDS = 3
 EXAMPLES = 32
 BATCH = 16
 DTYPE = "bfloat16"
+CHUNK = 256

@@ -10,7 +10,6 @@ import numpy as np
 
 from kvjax.cache.method import CacheMethod
 from kvjax.engine.calibrated import Calibrated
-from kvjax.engine.prefill import CHUNK
 from kvjax.engine.request import check_kind
 from kvjax.errors import NumericsError, UsageError
 from kvjax.evaluation import accuracy, defaults, profile
@@ -40,7 +39,7 @@ class Options:
     budget: str | None = None
     query_aware: bool = False
     dtype: str = defaults.DTYPE
-    chunk: int = CHUNK
+    chunk: int = defaults.CHUNK
 
 
 class Unit(NamedTuple):
@@ -79,7 +78,7 @@ class Plan:
     ) -> Plan:
         """Checks everything that can be checked before the model runs; arguments and errors as in `kvjax.compare`."""
         check_kind("model", model, LanguageModel, 'kvjax.load("reference")')
-        for name in ("seeds", "examples", "batch"):
+        for name in ("seeds", "examples", "batch", "chunk"):
             if getattr(options, name) < 1:
                 raise UsageError(f"{name} must be at least 1, got {getattr(options, name)}")
         chosen, named = contenders(methods), expand(tasks)

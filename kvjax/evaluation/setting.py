@@ -9,8 +9,9 @@ from __future__ import annotations
 import dataclasses
 
 from kvjax.cache.layout import CacheDims
-from kvjax.engine.prefill import CHUNK, cache_dims
+from kvjax.engine.prefill import cache_dims
 from kvjax.errors import UsageError
+from kvjax.evaluation import defaults
 from kvjax.models.language_model import LanguageModel
 
 LEAST_PROMPT = 32
@@ -34,7 +35,7 @@ class Setting:
     batch: int
     query_aware: bool = False
     dtype: str = "bfloat16"
-    chunk: int = CHUNK
+    chunk: int = defaults.CHUNK
 
     @property
     def prompt(self) -> int:
