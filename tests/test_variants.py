@@ -57,7 +57,7 @@ def test_a_run_trains_measures_and_goes_on(tmp_path, capsys) -> None:
     assert capsys.readouterr().out == table
     assert len((config.out / "results.jsonl").read_text().splitlines()) == 2
     loaded = kvjax.load(config.out / "mla-0" / "model")
-    assert loaded.config.attention == models.variant("mla", models.base(1024, 64, 2, 64)).attention
+    assert loaded.config.cache_shape(0) == models.variant("mla", models.base(1024, 64, 2, 64)).cache_shape(0)
 
 
 def test_what_cannot_be_is_said_before_anything_is_trained(tmp_path) -> None:
