@@ -140,6 +140,26 @@ class AttentionModule(nn.Module):
         bias = self.config.output_bias
         return Projection((heads, head_dim), (embed_dim,), use_bias=bias, dtype=self.dtype, name="o")
 
+    def attended(
+        self, x: Array, output: Projection, cache: LayerCacheProtocol | None, *, scale: float, **fields: Any
+    ) -> tuple[Array, Any]:
+        """(out [B, T, D], next layer cache): hands the cache a step, and projects what heads have read.
+
+        Args:
+          x: [B, T, D], the layer's input. output: what `output` has made.
+          scale: multiplies q·k. fields: of `Step`, all that x, the projection and the config do not say.
+        """
+        step = Step(
+            hidden=x,
+            output_projection=output.kernel,
+            scale=scale,
+            window=self.config.window,
+            softcap=self.config.softcap,
+            **fields,
+        )
+        out, cache = attend(step, cache)
+        return output(out), cache
+
     def normed(self, q: Array, k: Array) -> tuple[Array, Array]:
         """Queries and keys after their norms, where the model has any."""
         return (self.norm("q_norm")(q), self.norm("k_norm")(k)) if self.config.qk_norm else (q, k)

@@ -10,16 +10,8 @@ from typing import Any, Literal, get_args
 import flax.linen as nn
 import jax
 
-from kvjax.attention.base import (
-    AttentionConfig,
-    AttentionKind,
-    AttentionModule,
-    CacheShape,
-    LayerCacheProtocol,
-    attend,
-)
+from kvjax.attention.base import AttentionConfig, AttentionKind, AttentionModule, CacheShape, LayerCacheProtocol
 from kvjax.attention.projection import Projection
-from kvjax.cache.step import Step
 from kvjax.errors import UsageError
 from kvjax.typing import Array
 from pallas_kernels.rope import Rope
@@ -146,22 +138,19 @@ class DifferentialAttention(AttentionModule):
         v = self.heads("v", kv_heads, value_dim, embed_dim)(x)
         q, k = self.normed(q, k)
         output = self.output(config.num_heads, config.head_dim, embed_dim)
-        step = Step(
+        return self.attended(
+            x,
+            output,
+            cache,
             queries=q,
             keys=k,
             values=v,
             positions=positions,
             valid=valid,
             rope=rope,
-            hidden=x,
-            output_projection=output.kernel,
             scale=kind.scale(config),
-            window=config.window,
-            softcap=config.softcap,
             value_part=kind.value_part(config),
         )
-        out, cache = attend(step, cache)
-        return output(out), cache
 
     def _query_input(self, x: Array) -> Array:
         """What queries are projected from: [B, T, D], or [B, T, query_hidden]."""

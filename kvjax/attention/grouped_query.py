@@ -7,15 +7,8 @@ from typing import Any
 
 import flax.linen as nn
 
-from kvjax.attention.base import (
-    AttentionConfig,
-    AttentionKind,
-    AttentionModule,
-    CacheShape,
-    LayerCacheProtocol,
-    attend,
-)
-from kvjax.cache.step import Allocation, Step
+from kvjax.attention.base import AttentionConfig, AttentionKind, AttentionModule, CacheShape, LayerCacheProtocol
+from kvjax.cache.step import Allocation
 from kvjax.typing import Array
 from pallas_kernels.rope import Rope
 
@@ -58,21 +51,18 @@ class GroupedQueryAttention(AttentionModule):
         v = self.heads("v", config.num_kv_heads, config.head_dim, embed_dim)(x)
         q, k = self.normed(q, k)
         output = self.output(config.num_heads, config.head_dim, embed_dim)
-        step = Step(
+        return self.attended(
+            x,
+            output,
+            cache,
             queries=q,
             keys=k,
             values=v,
             positions=positions,
             valid=valid,
             rope=rope,
-            hidden=x,
-            output_projection=output.kernel,
             scale=config.scale,
-            window=config.window,
-            softcap=config.softcap,
             kv_head_of_query=config.kv_head_of_query,
             allocation=self.allocation,
             selective=self.selective,
         )
-        out, cache = attend(step, cache)
-        return output(out), cache

@@ -9,17 +9,10 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from kvjax.attention.base import (
-    AttentionConfig,
-    AttentionKind,
-    AttentionModule,
-    CacheShape,
-    LayerCacheProtocol,
-    attend,
-)
+from kvjax.attention.base import AttentionConfig, AttentionKind, AttentionModule, CacheShape, LayerCacheProtocol
 from kvjax.attention.norm import RMSNorm
 from kvjax.attention.projection import Projection
-from kvjax.cache.step import Latent, Step
+from kvjax.cache.step import Latent
 from kvjax.errors import UsageError
 from kvjax.typing import Array
 from pallas_kernels.rope import Rope
@@ -134,22 +127,19 @@ class MultiHeadLatentAttention(AttentionModule):
         value_dim = config.head_dim if kind.value_dim is None else kind.value_dim
         up_keys, up_values = self._up("up_keys", config.head_dim), self._up("up_values", value_dim)
         output = self.output(config.num_heads, value_dim, x.shape[-1])
-        step = Step(
+        return self.attended(
+            x,
+            output,
+            cache,
             queries=turned,
             keys=self._down("rotary_key", kind.rotary_key_dim, x)[:, :, None],
             values=c[:, :, None],
             positions=positions,
             valid=valid,
             rope=rope,
-            hidden=x,
-            output_projection=output.kernel,
             latent=Latent(own, up_keys, up_values),
             scale=kind.scale(config),
-            window=config.window,
-            softcap=config.softcap,
         )
-        out, cache = attend(step, cache)
-        return output(out), cache
 
     def _queries(self, x: Array) -> Array:
         """[B, T, N, H + C], not rotated."""

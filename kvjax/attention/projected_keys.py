@@ -10,15 +10,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax.attention.base import (
-    AttentionConfig,
-    AttentionKind,
-    AttentionModule,
-    CacheShape,
-    LayerCacheProtocol,
-    attend,
-)
-from kvjax.cache.step import Step
+from kvjax.attention.base import AttentionConfig, AttentionKind, AttentionModule, CacheShape, LayerCacheProtocol
 from kvjax.errors import UsageError
 from kvjax.typing import Array
 from pallas_kernels.rope import Rope
@@ -87,21 +79,18 @@ class ProjectedKeysAttention(AttentionModule):
         basis = self.param("key_basis", _orthonormal, shape, self.dtype).astype(x.dtype)
         reads = config.kv_head_of_query or tuple(head * k // n for head in range(n))
         output = self.output(n, h, embed_dim)
-        step = Step(
+        return self.attended(
+            x,
+            output,
+            cache,
             queries=jnp.einsum("btnh,nhr->btnr", queries, basis[np.array(reads)]),
             keys=jnp.einsum("btkh,khr->btr", keys, basis)[:, :, None],
             values=values.reshape(*values.shape[:2], 1, -1),
             positions=positions,
             valid=valid,
-            hidden=x,
-            output_projection=output.kernel,
             scale=config.scale,
-            window=config.window,
-            softcap=config.softcap,
             value_part=tuple(head * self.value_heads // k for head in reads),
         )
-        out, cache = attend(step, cache)
-        return output(out), cache
 
 
 def _orthonormal(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:

@@ -10,15 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from kvjax.attention.base import (
-    AttentionConfig,
-    AttentionKind,
-    AttentionModule,
-    CacheShape,
-    LayerCacheProtocol,
-    attend,
-)
-from kvjax.cache.step import Step
+from kvjax.attention.base import AttentionConfig, AttentionKind, AttentionModule, CacheShape, LayerCacheProtocol
 from kvjax.errors import UsageError
 from kvjax.typing import Array
 from pallas_kernels.rope import Rope
@@ -125,22 +117,19 @@ class SelfSelectiveAttention(AttentionModule):
             v = _scaled(v, 1.0 + self._of_token("value_token", v, x))
         q, k = self.normed(q, k)
         output = self.output(config.num_heads, config.head_dim, embed_dim)
-        step = Step(
+        return self.attended(
+            x,
+            output,
+            cache,
             queries=_scaled(q, temperature),
             keys=k,
             values=v,
             positions=positions,
             valid=valid,
             rope=rope,
-            hidden=x,
-            output_projection=output.kernel,
             scale=config.scale,
-            window=config.window,
-            softcap=config.softcap,
             kv_head_of_query=config.kv_head_of_query,
         )
-        out, cache = attend(step, cache)
-        return output(out), cache
 
     def _slope(self) -> Array:
         """f32 []."""
