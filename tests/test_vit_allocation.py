@@ -11,10 +11,6 @@ from experiments import vit_allocation, vit_training
 from experiments.vit_allocation import Config, table
 from experiments.vit_training import VARIANTS, batches, evaluate
 from kvjax.errors import UsageError
-from tests.engine.driver import quick_compile
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
-__all__ = ["quick_compile"]
 
 
 def cells(**correct: tuple[int, int, int]) -> list[dict[str, object]]:

@@ -13,11 +13,7 @@ import pytest
 from kvjax.attention.bidirectional import Bidirectional
 from kvjax.cache.step import Step
 from kvjax.errors import UsageError
-from tests.engine.driver import quick_compile
 from tests.oracles.attention import attend_one
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
-__all__ = ["quick_compile"]
 
 B, T, N, K, H = 2, 6, 4, 2, 8
 READS = {

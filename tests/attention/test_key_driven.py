@@ -21,11 +21,7 @@ from kvjax.errors import UsageError
 from kvjax.models.huggingface.own import read_own_config, write_own_config
 from kvjax.models.language_model import LanguageModel
 from tests.attention.decoding import LENGTHS, PROMPT, STEPS, TOKENS, attention_of, config_of, model_of, through_cache
-from tests.engine.driver import quick_compile
 from tests.oracles import key_driven as oracle
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
-__all__ = ["quick_compile"]
 
 SHAPES = [(6, 3), (12, 3), (16, 4), (8, 8), (12, 5), (7, 1), (32, 6)]
 

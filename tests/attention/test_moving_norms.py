@@ -15,11 +15,7 @@ from kvjax.attention.moving_norms import Average, Difference, MovingNorms, Weigh
 from kvjax.attention.perturbed import Perturbed, matched_noise
 from kvjax.cache.prompt import attend_prompt
 from kvjax.cache.step import Step
-from tests.engine.driver import quick_compile
 from tests.oracles import key_driven as oracle
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
-__all__ = ["quick_compile"]
 
 B, T, N, K, H = 2, 5, 12, 3, 4
 

@@ -20,9 +20,6 @@ from kvjax.errors import UsageError
 from kvjax.models.config import TransformerConfig
 from kvjax.models.language_model import LanguageModel
 from kvjax.models.transformer import Transformer
-from tests.engine.driver import quick_compile  # noqa: F401
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 CONFIG = TransformerConfig(
     vocab_size=40,

@@ -21,11 +21,8 @@ from kvjax.errors import UsageError
 from kvjax.models.config import TransformerConfig
 from kvjax.models.language_model import LanguageModel
 from kvjax.models.transformer import Transformer
-from tests.engine.driver import quick_compile  # noqa: F401
 from tests.oracles.rotary import rotate_each
 from tests.oracles.selective import attend
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 B, T, D, N, K, H = 2, 10, 32, 4, 2, 8
 CONFIG = TransformerConfig(

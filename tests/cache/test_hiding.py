@@ -27,11 +27,8 @@ from kvjax.cache.selector import TopPages
 from kvjax.cache.step import Step
 from kvjax.errors import UsageError
 from pallas_kernels.rope import Rope
-from tests.engine.driver import quick_compile  # noqa: F401
 from tests.oracles.rotary import rotate_each
 from tests.oracles.selective import accumulated, attend, evicted
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 B, T, LATER, N, K, H, THETA = 3, 20, 6, 4, 2, 16, 100.0
 LENGTHS = (20, 13, 1)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -42,12 +40,3 @@ def model() -> LanguageModel:
 @pytest.fixture(scope="session")
 def text() -> str:
     return heldout_text()[:8000]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compile() -> Iterator[None]:
-    """The programs of these tests run for milliseconds, so they are compiled quickly rather than well."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)

@@ -11,7 +11,6 @@ import jax
 import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from kvjax.models.config import TransformerConfig
 from kvjax.models.language_model import LanguageModel
@@ -41,15 +40,6 @@ def language_model() -> LanguageModel:
 
     shapes = jax.eval_shape(Transformer(CONFIG).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     return LanguageModel(CONFIG, jax.tree_util.tree_map_with_path(draw, shapes))
-
-
-@pytest.fixture(scope="module")
-def quick_compile() -> Iterator[None]:
-    """The programs of these tests run for milliseconds, so they are compiled quickly rather than well."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @contextlib.contextmanager

@@ -14,9 +14,8 @@ from kvjax.engine.generate import Generation
 from kvjax.engine.prefill import Context
 from kvjax.engine.request import as_rows
 from kvjax.errors import CacheFullError, UsageError
-from tests.engine.driver import PROMPTS, compilations, language_model, quick_compile
+from tests.engine.driver import PROMPTS, compilations, language_model
 
-pytestmark = pytest.mark.usefixtures(quick_compile.__name__)
 METHODS = ("full", "kivi-2:group=8,residual=16", "h2o:share=50%", "snapkv:share=50%,window=8+int4:group=16")
 NEW = 20
 

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from kvjax.cache import methods
 from kvjax.cache.model_cache import ModelCache
@@ -18,9 +17,7 @@ from kvjax.engine.prefill import extend, pad, prefill
 from kvjax.engine.sampling import Sampler
 from kvjax.models.language_model import LanguageModel
 from kvjax.models.transformer import Transformer
-from tests.engine.driver import CONFIG, PROMPTS, quick_compile
-
-pytestmark = pytest.mark.usefixtures(quick_compile.__name__)
+from tests.engine.driver import CONFIG, PROMPTS
 
 
 @functools.cache

@@ -15,13 +15,12 @@ from kvjax.engine.repetition import Instruction, pieces, repeat
 from kvjax.errors import UsageError
 from kvjax.sharding import make_mesh
 from tests.cache.driver import THETA
-from tests.engine.driver import PROMPTS, compilations, language_model, quick_compile
+from tests.engine.driver import PROMPTS, compilations, language_model
 from tests.evaluation.tiny import tiny
 from tests.oracles.attention import contiguous
 from tests.oracles.kvzip import chunks, kvzip_chunk_scores, kvzip_scores, reconstruction_attention
 from tests.oracles.rotary import rotate_each
 
-pytestmark = pytest.mark.usefixtures(quick_compile.__name__)
 REPETITION = Repetition(chunk=12, tail=3, sinks=2)
 METHOD = "kvzip:share=50%,chunk=12,tail=3,sinks=2"
 NEW = 12

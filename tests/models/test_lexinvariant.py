@@ -19,9 +19,6 @@ from kvjax.models.config import TransformerConfig
 from kvjax.models.embedding import DrawnEmbedding, drawn
 from kvjax.models.language_model import LanguageModel
 from kvjax.models.transformer import Transformer
-from tests.engine.driver import quick_compile  # noqa: F401
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 V, D = 24, 32
 CONFIG = TransformerConfig(

@@ -18,11 +18,7 @@ from kvjax.errors import UsageError
 from kvjax.models.vision_config import VisionConfig
 from kvjax.models.vit import VisionTransformer, patches
 from tests.attention.decoding import drawn
-from tests.engine.driver import quick_compile
 from tests.oracles import vit as oracle
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
-__all__ = ["quick_compile"]
 
 CONFIG = VisionConfig(
     image_size=12,

@@ -12,12 +12,11 @@ import kvjax
 from kvjax.engine import generate as engine
 from kvjax.errors import UsageError
 from kvjax.sharding import ShardingRules, make_mesh
-from tests.engine.driver import CONFIG, PROMPTS, language_model, quick_compile
+from tests.engine.driver import CONFIG, PROMPTS, language_model
 from tests.sharding.hlo import collectives
 
 pytestmark = [
     pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices"),
-    pytest.mark.usefixtures(quick_compile.__name__),
 ]
 NEW = 20
 

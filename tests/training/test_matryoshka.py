@@ -20,10 +20,7 @@ from kvjax.training.forward import OfTransformer, Redrawn
 from kvjax.training.loss import Loss, NextToken
 from kvjax.training.matryoshka import Matryoshka, Matryoshka2D
 from kvjax.training.step import make_step
-from tests.engine.driver import quick_compile  # noqa: F401
 from tests.training.test_memory_loss import batch_of
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 D = 16
 CONFIG = TransformerConfig(

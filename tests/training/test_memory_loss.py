@@ -23,10 +23,7 @@ from kvjax.training.loss import Loss, NextToken
 from kvjax.training.memory_loss import MemoryLoss, SoftCount, memory
 from kvjax.training.step import make_step
 from pallas_kernels.rope import Rope
-from tests.engine.driver import quick_compile  # noqa: F401
 from tests.oracles.selective import accumulated
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 B, T, N, K, H = 2, 14, 4, 2, 8
 LENGTHS = (14, 9)
