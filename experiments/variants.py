@@ -1,7 +1,14 @@
 """Variants of attention at equal parameters and equal tokens: what each one learns, and what its cache takes.
 
-Small decoders are trained from scratch on the same sequences: half of them text, half random tokens that repeat, so
-that what follows must be looked up. Parameters are made equal by the width of the MLPs.
+Small decoders are trained from scratch on the same sequences: a quarter of them text, the others records (a key and its
+value, one token each) followed by questions, as "told once" or as "told again", where the last value of a key holds.
+Parameters are made equal by the width of the MLPs.
+
+Finding (docs/results.md; 1,000 steps, three seeds): at this size the cache's bytes do not decide. MQA, a cache shared by
+two layers and MLA hold half of GQA's bytes and answer as much; half-width keys are the one saving that costs recall (87.6 %
+of keys told again against GQA's 96.1) and text. Selective attention has the best text in every seed, and one seed of three
+the best recall, but two had not yet learnt the lookup when training ended, nor had one of SSA's. So its rows measure
+how early the lookup is learnt as much as how well. KDGQA gains nothing over equal groups.
 """
 
 from __future__ import annotations
@@ -32,7 +39,7 @@ class Config:
     out: Path = Path("runs/variants")
     variants: tuple[str, ...] = ()
     seeds: int = 3
-    steps: int = 600
+    steps: int = 1000
     batch_tokens: int = 4096
     length: int = 128
     peak: float = 3e-3
@@ -61,7 +68,7 @@ def main(config: Config) -> None:
         )
     compile_cache.enable()
     data = Data.load()
-    start = models.base(data.vocabulary.size, config.embed_dim, config.layers, config.length)
+    start = models.base(data.size, config.embed_dim, config.layers, config.length)
     chosen = {name: models.variant(name, start) for name in config.variants or models.CHANGES}
     training = Training(config.steps, config.batch_tokens, config.length, config.peak, config.eval_batches)
     config.out.mkdir(parents=True, exist_ok=True)
@@ -91,15 +98,16 @@ def records(folder: Path) -> list[dict[str, Any]]:
 def markdown(found: list[dict[str, Any]]) -> str:
     """A row per variant: means over seeds, with the range of the seeds."""
     lines = [
-        "| variant | parameters | cache, bytes/token | int8 | text, nats/token | recall, % | seeds |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| variant | parameters | cache, bytes/token | int8 | text, nats/token | told once, % | told again, % | seeds |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name in dict.fromkeys(record["variant"] for record in found):
         mine = [record for record in found if record["variant"] == name]
         first = mine[0]
         lines.append(
             f"| {name} | {first['parameters']:,} | {first['bytes full']:,.0f} | {first['bytes int8']:,.0f} | "
-            f"{_range([r['text'] for r in mine], 3)} | {_range([100 * r['recall'] for r in mine], 1)} | {len(mine)} |"
+            f"{_range([r['text'] for r in mine], 3)} | {_range([100 * r['told once'] for r in mine], 1)} | "
+            f"{_range([100 * r['told again'] for r in mine], 1)} | {len(mine)} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
+from experiments.variant.rows import SYMBOLS, TOLD_AGAIN, TOLD_ONCE, Rows
 from kvjax.assets import REFERENCE, heldout_text
 from kvjax.cache.methods import parse
 from kvjax.cache.plan import layer_bytes
@@ -21,8 +22,7 @@ from kvjax.models.language_model import LanguageModel
 from kvjax.models.tokenizer import load_tokenizer
 from kvjax.models.transformer import Transformer
 from kvjax.progress import Track
-from kvjax.tasks import Vocabulary
-from kvjax.training.data import Batches
+from kvjax.training.data import FAMILIES
 from kvjax.training.loop import Loop, train
 from kvjax.training.loss import NextToken
 from kvjax.training.schedule import LearningRate, Stage, optimizer
@@ -40,8 +40,7 @@ class Training:
     """How every variant is trained and measured: on as many tokens, the same ones.
 
     Attributes:
-      steps, batch_tokens: of training. length: tokens of a sequence; half of the sequences are text, half repeat random
-        tokens, with one period or as segments in random order, which are found by content alone.
+      steps, batch_tokens: of training. length: tokens of a sequence.
       peak: learning rate. eval_batches: of unseen rows that are measured.
     """
 
@@ -53,15 +52,21 @@ class Training:
 
     @property
     def stage(self) -> Stage:
-        """What sequences hold."""
-        return Stage(length=self.length, pairs=1, repeat=0.5, text=0.5, filler=0.0, tasks=0.0, shorter=0.0)
+        """As long as training goes on; what sequences hold is for `Rows` to say."""
+        return Stage(length=self.length, pairs=1, repeat=0.0, text=0.0, filler=0.0, tasks=0.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Words, and the held-out text of the package in the tokens of its tokenizer, in two parts."""
+    """The held-out text of the package in the tokens of its tokenizer, in two parts; the tokens of records follow.
 
-    vocabulary: Vocabulary
+    Attributes:
+      words: how many tokens the tokenizer has. prefix: tokens before every row.
+      seen, unseen: int32 [n].
+    """
+
+    words: int
+    prefix: tuple[int, ...]
     seen: NDArray[np.int32]
     unseen: NDArray[np.int32]
 
@@ -71,7 +76,16 @@ class Data:
         assert backend is not None
         text = np.asarray(backend.encode(heldout_text(), add_special_tokens=False).ids, np.int32)
         cut = int(len(text) * (1 - HELD_OUT))
-        return cls(Vocabulary.of(backend), text[:cut], text[cut:])
+        return cls(backend.get_vocab_size(), tuple(backend.encode("").ids), text[:cut], text[cut:])
+
+    @property
+    def size(self) -> int:
+        """How many tokens there are."""
+        return self.words + SYMBOLS
+
+    def rows(self, corpus: NDArray[np.int32], seed: int, batch_tokens: int) -> Rows:
+        """Batches of some of the text."""
+        return Rows(corpus, self.prefix, self.words, seed, batch_tokens)
 
 
 def trained(
@@ -81,7 +95,7 @@ def trained(
     module = Transformer(config)
     params = module.init(jax.random.key(seed), jnp.zeros((1, 8), jnp.int32))["params"]
     rate = LearningRate(training.peak, training.steps // 20 + 1, training.steps // 2, training.steps)
-    batches = Batches(data.vocabulary, data.seen, seed, training.batch_tokens)
+    batches = data.rows(data.seen, seed, training.batch_tokens)
     loop = Loop(folder, training.steps, save_every=max(1, training.steps // 4))
     with track(folder.name, training.steps) as advance:
         done = 0
@@ -96,15 +110,21 @@ def trained(
 
 
 def measured(model: LanguageModel, training: Training, data: Data) -> dict[str, float]:
-    """Unseen rows: nats per token of text, recalled tokens, and how many tokens were asked for."""
-    batches = Batches(data.vocabulary, data.unseen, UNSEEN, training.batch_tokens)
+    """Unseen rows: nats per token of text, the share of right answers of each kind, and how many were asked for."""
+    batches = data.rows(data.unseen, UNSEEN, training.batch_tokens)
     run = jax.jit(lambda params, batch: NextToken()(partial(_forward, model.module), params, batch, 0)[1])
-    text, correct, asked = [], 0.0, 0.0
+    text, correct, asked = [], np.zeros(len(FAMILIES)), np.zeros(len(FAMILIES))
     for index in range(training.eval_batches):
         _, nats, hits, answers = run(model.params, on_device(batches.batch(index, training.stage)))
         text.append(float(nats))
-        correct, asked = correct + float(hits.sum()), asked + float(answers.sum())
-    return {"text": float(np.mean(text)), "recall": correct / max(asked, 1.0), "asked": asked}
+        correct, asked = correct + np.asarray(hits), asked + np.asarray(answers)
+    share = correct / np.maximum(asked, 1.0)
+    return {
+        "text": float(np.mean(text)),
+        "told once": float(share[TOLD_ONCE]),
+        "told again": float(share[TOLD_AGAIN]),
+        "asked": float(asked.sum()),
+    }
 
 
 def bytes_per_token(config: TransformerConfig, method: str = "full", tokens: int = 4096) -> float:

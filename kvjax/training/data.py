@@ -6,7 +6,7 @@ import dataclasses
 import queue
 import threading
 from collections.abc import Generator
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -34,6 +34,13 @@ class Batch:
     answer: np.ndarray
     text: np.ndarray
     family: np.ndarray
+
+
+class Source(Protocol):
+    """What training reads: the same batch whenever it is asked for the same step."""
+
+    def batch(self, step: int, stage: Stage) -> Batch:
+        """The batch of this step at this stage."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +172,7 @@ def _any_order(turn: Turn, rng: np.random.Generator) -> np.ndarray:
     return turn.answer if turn.ordered else rng.permutation(turn.answer.reshape(len(turn.items), -1)).reshape(-1)
 
 
-def reader(batches: Batches, start: int, stage: Stage, ahead: int = 2) -> Generator[Batch, None, None]:
+def reader(batches: Source, start: int, stage: Stage, ahead: int = 2) -> Generator[Batch, None, None]:
     """The batches from step `start` on at one stage, made `ahead` of time in a thread.
 
     Through grain where it is installed; the order is the same without it. Close it when the stage ends.
@@ -181,7 +188,7 @@ def reader(batches: Batches, start: int, stage: Stage, ahead: int = 2) -> Genera
 class _Steps:
     """Batches as the random-access source that grain reads."""
 
-    batches: Batches
+    batches: Source
     start: int
     stage: Stage
 
@@ -192,7 +199,7 @@ class _Steps:
         return self.batches.batch(self.start + index, self.stage)
 
 
-def _grained(grain: Any, batches: Batches, start: int, stage: Stage, ahead: int) -> Generator[Batch, None, None]:
+def _grained(grain: Any, batches: Source, start: int, stage: Stage, ahead: int) -> Generator[Batch, None, None]:
     from absl import flags
 
     flags.FLAGS.mark_as_parsed()  # grain reads flags; outside an absl app nobody else parses them
@@ -204,7 +211,7 @@ def _grained(grain: Any, batches: Batches, start: int, stage: Stage, ahead: int)
         iterator.close()
 
 
-def _threaded(batches: Batches, start: int, stage: Stage, ahead: int) -> Generator[Batch, None, None]:
+def _threaded(batches: Source, start: int, stage: Stage, ahead: int) -> Generator[Batch, None, None]:
     ready: queue.Queue[Batch] = queue.Queue(ahead)
     stop = threading.Event()
 

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from kvjax.training import checkpoint
-from kvjax.training.data import FAMILIES, KV, Batches, reader
+from kvjax.training.data import FAMILIES, KV, Source, reader
 from kvjax.training.loss import Forward, Loss, NextToken
 from kvjax.training.schedule import Gate, Stage
 from kvjax.training.step import Metrics, make_step, on_device
@@ -66,7 +66,7 @@ def train(
     forward: Forward,
     params: PyTree,
     tx: optax.GradientTransformation,
-    batches: Batches,
+    batches: Source,
     stages: Sequence[Stage],
     on_record: Callable[[dict[str, object]], None] = lambda record: None,
     loss: Loss = NEXT_TOKEN,
