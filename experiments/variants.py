@@ -1,14 +1,14 @@
 """Variants of attention at equal parameters and equal tokens: what each one learns, and what its cache takes.
 
-Small decoders are trained from scratch on the same sequences: a quarter of them text, the others records (a key and its
-value, one token each) followed by questions, as "told once" or as "told again", where the last value of a key holds.
-Parameters are made equal by the width of the MLPs.
+Small decoders are trained from scratch on the same sequences: a quarter of them text, the others records (a key and
+its value, one token each) followed by questions, as "told once" or as "told again", where the last value of a key
+holds. Parameters are made equal by the width of the MLPs.
 
-Finding (docs/results.md; 1,000 steps, three seeds): at this size the cache's bytes do not decide. MQA, a cache shared by
-two layers and MLA hold half of GQA's bytes and answer as much; half-width keys are the one saving that costs recall (87.6 %
-of keys told again against GQA's 96.1) and text. Selective attention has the best text in every seed, and one seed of three
-the best recall, but two had not yet learnt the lookup when training ended, nor had one of SSA's. So its rows measure
-how early the lookup is learnt as much as how well. KDGQA gains nothing over equal groups.
+Finding (docs/results.md; 1,000 steps, three seeds): at this size the cache's bytes do not decide. MQA, a cache shared
+by two layers and MLA hold half of GQA's bytes and answer as much; half-width keys are the one saving that costs
+recall (87.6 % of keys told again against GQA's 96.1) and text. Selective attention has the best text in every seed,
+and one seed of three the best recall, but two had not yet learnt the lookup when training ended, nor had one of
+SSA's. So its rows measure how early the lookup is learnt as much as how well. KDGQA gains nothing over equal groups.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def records(folder: Path) -> list[dict[str, Any]]:
 def markdown(found: list[dict[str, Any]]) -> str:
     """A row per variant: means over seeds, with the range of the seeds."""
     lines = [
-        "| variant | parameters | cache, bytes/token | int8 | text, nats/token | told once, % | told again, % | seeds |",
+        "| variant | parameters | bytes/token | int8 | text, nats/token | told once, % | told again, % | seeds |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name in dict.fromkeys(record["variant"] for record in found):
