@@ -45,7 +45,7 @@ class Rows:
         kinds = (TEXT, TOLD_ONCE, TOLD_AGAIN, rng.choice([TOLD_ONCE, TOLD_AGAIN]))
         family = np.resize(kinds, max(4, self.batch_tokens // stage.length)).astype(np.int32)
         size = stage.length + 1 - len(self.prefix)
-        rows = [self._text(rng, size) if kind == TEXT else self._records(rng, size, kind) for kind in family]
+        rows = [self._text(rng, size) if kind == TEXT else self._records(rng, size, kind) for kind in family.tolist()]
         tokens, answer, text = (np.stack(column) for column in zip(*rows, strict=True))
         before = np.broadcast_to(np.array(self.prefix, np.int32), (len(family), len(self.prefix)))
         blank = np.zeros(before.shape, bool)

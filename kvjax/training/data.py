@@ -41,6 +41,7 @@ class Source(Protocol):
 
     def batch(self, step: int, stage: Stage) -> Batch:
         """The batch of this step at this stage."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
