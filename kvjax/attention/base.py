@@ -98,6 +98,11 @@ class AttentionKind(abc.ABC):
         """Whether modules see what follows a token by themselves; others do by `Bidirectional` in a cache's place."""
         return False
 
+    @property
+    def shares_layers(self) -> bool:
+        """Whether a layer can read another's keys and values (`TransformerConfig.kv_layers`)."""
+        return False
+
     def spelled_out(self, config: AttentionConfig) -> AttentionKind:
         """The same variant without settings that stand for others, so that two can be compared."""
         del config

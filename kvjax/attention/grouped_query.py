@@ -23,6 +23,10 @@ class GroupedQuery(AttentionKind):
     def cache_shape(self, config: AttentionConfig) -> CacheShape:
         return CacheShape(config.num_kv_heads, config.head_dim)
 
+    @property
+    def shares_layers(self) -> bool:
+        return True
+
 
 class GroupedQueryAttention(AttentionModule):
     """Projects, normalises queries and keys where asked, and leaves the rest to the cache.

@@ -138,8 +138,11 @@ class TransformerConfig:
                     f"kv_layers {self.kv_layers}: layer {layer} reads the keys and values of {owner}, which must be "
                     "the layer itself or an earlier one that reads its own."
                 )
-            if owner != layer and not isinstance(self.attention, GroupedQuery):
-                raise UsageError("kv_layers: layers share keys and values of grouped-query attention only.")
+            if owner != layer and not self.attention.shares_layers:
+                kind = type(self.attention).__name__
+                raise UsageError(
+                    f"kv_layers: layers cannot share the keys and values of {kind}; use grouped-query attention."
+                )
             if self.window_of(layer) != self.window_of(owner):
                 raise UsageError(
                     f"kv_layers: layer {layer} has another window than layer {owner}, whose cache it reads."

@@ -41,7 +41,7 @@ def make_step(
         (total, shown), grads = grad(params)
         updates, opt_state = tx.update(grads, opt_state, params)
         metrics = Metrics(
-            total, shown.answer_loss, shown.text_loss, optax.global_norm(grads), shown.correct, shown.answers
+            total, shown.answer_loss, shown.text_loss, optax.tree.norm(grads), shown.correct, shown.answers
         )
         return optax.apply_updates(params, updates), opt_state, metrics
 
