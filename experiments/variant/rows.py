@@ -61,7 +61,7 @@ class Rows:
         return self.corpus[start : start + size], np.zeros(size, bool), np.ones(size, bool)
 
     def _records(self, rng: np.random.Generator, size: int, kind: int) -> tuple[NDArray[np.integer], ...]:
-        """Records of 2 to KEYS - 1 keys (log-uniform: few keys teach the lookup, many ask for capacity), then questions."""
+        """Records of 2 to KEYS - 1 keys, log-uniform (few teach the lookup, many ask for capacity), then questions."""
         most = min(KEYS, size // 4)
         keys = rng.permutation(KEYS)[: int(2 ** rng.uniform(1, math.log2(most)))]
         told = keys if kind == TOLD_ONCE else rng.choice(keys, min(4 * len(keys), size // 2))
