@@ -34,6 +34,7 @@ class Config:
       batch: rows at a time.
       dtype: of tokens that a cache stores exactly.
       chunk: tokens per step of methods that read a prompt in pieces.
+      attention_errors: measure them too, which takes one more compiled program per method.
       beside: other models (folders) of the same tokenizer, whose rows "name/method" stand beside those of the model;
         all sizes are shares of its full cache.
       out: the run's folder; default is a new runs/<time>-compare. The folder of a run that was stopped goes on.
@@ -50,6 +51,7 @@ class Config:
     batch: int = defaults.BATCH
     dtype: Literal["bfloat16", "float16", "float32"] = defaults.DTYPE
     chunk: int = defaults.CHUNK
+    attention_errors: bool = True
     beside: tuple[str, ...] = ()
     out: Path | None = None
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -261,7 +261,7 @@ def shard_cache(cache: ModelCache, mesh: Mesh, rules: ShardingRules = ShardingRu
     Raises:
       UsageError: kv heads would be cut, and the method stores them together or treats each by a table.
     """
-    for layer in cache:
+    for layer in filter(_is_layer, cache):
         cut = rules.axis("kv_heads", layer.dims.kv_heads, mesh) is not None
         if cut and (layer.method.joint or layer.method.by_head(layer.dims)):
             raise UsageError(
@@ -269,12 +269,16 @@ def shard_cache(cache: ModelCache, mesh: Mesh, rules: ShardingRules = ShardingRu
                 "they cannot be cut; spread rows only: ShardingRules(heads=None, kv_heads=None)"
             )
     placed = place(cache, cache_specs(cache, mesh, rules), mesh)
-    return dataclasses.replace(placed, layers=tuple(Sharded(layer, mesh, rules) for layer in placed.layers))
+    return dataclasses.replace(
+        placed, layers=tuple(Sharded(layer, mesh, rules) if _is_layer(layer) else layer for layer in placed.layers)
+    )
 
 
 def unshard_cache(cache: ModelCache) -> ModelCache:
     """The inverse of `shard_cache`; the arrays stay where they are."""
-    return dataclasses.replace(cache, layers=tuple(cast(Sharded, layer).cache for layer in cache.layers))
+    return dataclasses.replace(
+        cache, layers=tuple(layer.cache if isinstance(layer, Sharded) else layer for layer in cache.layers)
+    )
 
 
 def describe(params: PyTree, cache: PyTree, mesh: Mesh, rules: ShardingRules = ShardingRules()) -> str:

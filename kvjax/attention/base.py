@@ -67,6 +67,7 @@ class CacheShape:
     latent: bool = False
     selective: bool = False
     mapped: bool = False
+    convolved: int | None = None
 
     @property
     def value_width(self) -> int:

@@ -1,13 +1,11 @@
-"""Depthwise convolution over tokens, and what a decoder keeps of its inputs."""
+"""Depthwise convolution over tokens, and how a decoder slides it along."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -44,36 +42,6 @@ class Depthwise(nn.Module):
         if self.use_bias:
             out = out + self.param("bias", nn.initializers.zeros, (channels,), self.dtype).astype(jnp.float32)
         return out.astype(x.dtype)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class ConvolutionState:
-    """Stands where a layer's cache does for a causal mixer of two convolutions: all that later tokens need.
-
-    Its size does not depend on how many tokens a row has seen. Zeros before a row's first token are the padding of the
-    convolutions.
-
-    Attributes:
-      queries: [B, k - 1, D], the last inputs of the first convolution.
-      coefficients: [B, k - 1, D], the last inputs of the second.
-      length: int32 [B], tokens each row has seen.
-    """
-
-    queries: Array
-    coefficients: Array
-    length: Array
-
-    @classmethod
-    def empty(cls, batch: int, kernel: int, width: int, dtype: Any) -> ConvolutionState:
-        """Of rows that have seen nothing; every array has a buffer of its own, so that steps can be given it."""
-        queries, coefficients = (jnp.zeros((batch, kernel - 1, width), dtype) for _ in range(2))
-        return cls(queries, coefficients, jnp.zeros((batch,), jnp.int32))
-
-    @property
-    def nbytes(self) -> int:
-        """Allocated bytes: the sum of the arrays."""
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
 
 
 def slide(held: Array, new: Array, counts: Array) -> tuple[Array, Array]:

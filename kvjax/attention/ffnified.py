@@ -18,10 +18,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kvjax.attention.base import AttentionConfig, AttentionKind, AttentionModule, CacheShape, LayerCacheProtocol
-from kvjax.attention.convolution import ConvolutionState, Depthwise, slide
+from kvjax.attention.convolution import Depthwise, slide
 from kvjax.attention.projection import Projection
+from kvjax.cache.convolution_state import ConvolutionState
+from kvjax.cache.layout import CacheDims
 from kvjax.errors import UsageError
 from kvjax.typing import Array
 from pallas_kernels.rope import Rope
@@ -33,12 +36,11 @@ _UNUSED = ("window", "softcap", "kv_head_of_query", "qk_norm", "qkv_bias", "outp
 class FFNified(AttentionKind):
     """For decoders: both convolutions read a token and the kernel - 1 before it.
 
-    There is no KV cache. What stands in its place is a `ConvolutionState` per layer, of a size that does not grow:
+    There is no KV cache. What stands in its place is a `ConvolutionState` per layer, of a size that does not grow, so
+    methods other than `full` are refused: they have nothing to keep here. Without the engine:
 
         states = tuple(config.attention.state(batch, config.embed_dim) for _ in range(config.num_layers))
         logits, states = Transformer(config).apply({"params": params}, tokens, cache=states)
-
-    Cache methods have nothing to keep here, so `kvjax.generate` refuses such a model.
 
     Attributes:
       kernel: k, tokens that each convolution reads.
@@ -52,18 +54,15 @@ class FFNified(AttentionKind):
         return FFNifiedAttention(config, dtype, self, name=name)
 
     def cache_shape(self, config: AttentionConfig) -> CacheShape:
-        raise UsageError(
-            f"{type(self).__name__} attention has no keys and values, so there is nothing that a cache method could "
-            "keep or kvjax.generate could use. Run the model itself with one state per layer: "
-            "Transformer(config)(tokens, cache=states), states being config.attention.state(batch, embed_dim)."
-        )
+        return CacheShape(kv_heads=0, head_dim=0, convolved=self.kernel - 1)
 
     def check(self, config: AttentionConfig) -> None:
         _check(self, self.kernel, config)
 
     def state(self, batch: int, width: int, dtype: Any = jnp.float32) -> ConvolutionState:
         """What one layer keeps of rows that have seen nothing; width is D, dtype that of the parameters."""
-        return ConvolutionState.empty(batch, self.kernel, width, dtype)
+        sizes = {"width": width, "dtype": jnp.dtype(dtype).name, "convolved": self.kernel - 1}
+        return ConvolutionState.empty(CacheDims(batch, 0, 0, 0, np.iinfo(np.int32).max, 0, **sizes))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +133,8 @@ class FFNifiedAttention(AttentionModule):
         inputs, queries = slide(before.queries, query(_present(x, valid)), counts)
         coefficients = jax.nn.gelu(key(inputs), approximate=False)
         inputs, coefficients = slide(before.coefficients, coefficients, counts)
-        after = None if cache is None else ConvolutionState(queries, coefficients, before.length + counts)
+        later = {"queries": queries, "coefficients": coefficients, "length": before.length + counts}
+        after = None if cache is None else dataclasses.replace(before, **later)
         return value(inputs), after
 
 

@@ -151,7 +151,7 @@ def _of_heads(data: LayerData, heads: Array, total: int) -> LayerData:
 
 
 AnyLayer = LayerCache | HeadSplit
-"""The cache of one layer."""
+"""The cache of one layer that has keys and values."""
 
 
 def empty_layer(

@@ -36,6 +36,8 @@ class CacheDims:
       latent: whether values are latents that keys are made of too (`Step.latent`).
       selective: whether tokens hide others (`Step.selective`); a cache then keeps a number per token seen.
       mapped: whether the head map is data (`Step.allocation`), which a cache then keeps.
+      convolved: last inputs of two convolutions, of D channels, that a layer keeps in place of keys and values
+        (`ConvolutionState`); it then has no kv heads. None where it keeps keys and values.
     """
 
     batch: int
@@ -53,6 +55,7 @@ class CacheDims:
     latent: bool = False
     selective: bool = False
     mapped: bool = False
+    convolved: int | None = None
 
     @property
     def of_values(self) -> CacheDims:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
+from kvjax.cache.convolution_state import ConvolutionState
 from kvjax.cache.head_split import AnyLayer, empty_layer
 from kvjax.cache.layer_cache import NO_DATA, LayerCache, LayerData
 from kvjax.cache.layout import CacheDims
@@ -29,7 +30,7 @@ class ModelCache:
     draws: uint32 [B], each row's draw of the embeddings where the model has none of its own; else None.
     """
 
-    layers: tuple[AnyLayer, ...]
+    layers: tuple[AnyLayer | ConvolutionState, ...]
     prompt_lengths: Array
     method: CacheMethod = dataclasses.field(metadata={"static": True})
     draws: Array | None = None
@@ -51,16 +52,16 @@ class ModelCache:
         if prompt_lengths is None:
             prompt_lengths = jnp.full((layers[0].batch,), layers[0].prompt_length, jnp.int32)
         found = [NO_DATA] * len(layers) if data is None else data
-        made = (empty_layer(method, d, prompt_lengths, one) for d, one in zip(layers, found, strict=True))
+        made = (_empty(method, d, prompt_lengths, one) for d, one in zip(layers, found, strict=True))
         return cls(tuple(made), prompt_lengths, method)
 
     def __len__(self) -> int:
         return len(self.layers)
 
-    def __getitem__(self, layer: int) -> AnyLayer:
+    def __getitem__(self, layer: int) -> AnyLayer | ConvolutionState:
         return self.layers[layer]
 
-    def __iter__(self) -> Iterator[AnyLayer]:
+    def __iter__(self) -> Iterator[AnyLayer | ConvolutionState]:
         return iter(self.layers)
 
     @property
@@ -107,8 +108,9 @@ class ModelCache:
 
     @property
     def effective_bytes(self) -> int:
-        """The part of the segments' bytes whose slots hold a token."""
-        return round(sum(_used_bytes(s) for layer in self.layers for s in layer.segments))
+        """The part of the segments' bytes whose slots hold a token; the states of convolutions have no empty places."""
+        states = sum(layer.nbytes for layer in self.layers if isinstance(layer, ConvolutionState))
+        return round(states + sum(_used_bytes(s) for layer in self.layers for s in layer.segments))
 
     @property
     def full_bytes(self) -> int:
@@ -135,6 +137,13 @@ class ModelCache:
                 f"room for {length + int(room[row])} (max_length {self.layers[0].dims.max_length}, prompt "
                 f"{self.layers[0].dims.prompt_length}). Make it with a larger max_length, or append less."
             )
+
+
+def _empty(method: CacheMethod, dims: CacheDims, prompt_lengths: Array, data: LayerData) -> AnyLayer | ConvolutionState:
+    if dims.convolved is None:
+        return empty_layer(method, dims, prompt_lengths, data)
+    method.check(dims)
+    return ConvolutionState.empty(dims)
 
 
 def _is_layer(x: object) -> bool:

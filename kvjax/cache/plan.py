@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.cache.budget import Budget
+from kvjax.cache.convolution_state import ConvolutionState
 from kvjax.cache.layout import CacheDims
 from kvjax.cache.method import CacheMethod
-from kvjax.cache.pool import PAGE, pool_pages
+from kvjax.cache.pool import page_slots, pool_pages
 from kvjax.errors import UsageError
 
 _INT = 4  # bytes of a position, a length, a statistic
@@ -20,6 +21,8 @@ _INT = 4  # bytes of a position, a length, a statistic
 def layer_bytes(method: CacheMethod, dims: CacheDims) -> int:
     """Bytes of one layer's cache as declared by the method: codes, scales, positions, statistics, counters."""
     method = method.for_layer(dims)
+    if dims.convolved is not None:
+        return ConvolutionState.planned(dims)
     if groups := method.by_head(dims):
         each = [(part, dataclasses.replace(dims, kv_heads=len(heads))) for heads, part in groups]
         return sum(layer_bytes(part, mine) for part, mine in each)
@@ -33,7 +36,7 @@ def layer_bytes(method: CacheMethod, dims: CacheDims) -> int:
     row = layout.sinks * exact + layout.ring * (exact + statistic)
     row += (layout.body - pooled) * (coded + statistic + _INT * (heads if per_head else 1))
     if pooled:
-        row += pool_pages(dims, pooled) * (PAGE * (coded / heads + _INT) + _INT)
+        row += pool_pages(dims, pooled) * (page_slots(pooled) * (coded / heads + _INT) + _INT)
     total = dims.batch * (row + 3 * _INT) + heads * _INT + _state_bytes(method, dims)
     total += sum(codec.parameter_bytes(mine) for codec, mine in pairs) if layout.body else 0
     total += _INT * dims.batch * (dims.max_length * dims.selective + dims.query_heads * dims.mapped)

@@ -16,8 +16,10 @@ from kvjax.cache.step import Step
 from kvjax.typing import Array, PyTree
 from pallas_kernels.logits import log_sum
 
-PAGE = 32
-"""Slots per page."""
+SMALL_PAGE, LARGE_PAGE = 32, 128
+"""Slots per page. The TPU kernel reads large ones only."""
+MANY = 1024
+"""Tokens per head from which on pages are large: one filled in part is then at most an eighth of a head's budget."""
 
 
 @jax.tree_util.register_dataclass
@@ -43,7 +45,7 @@ class Pool:
         """Room for `tokens` per head on average, in whole pages: a page per head may be filled in part."""
         pages = pool_pages(dims, tokens)
         shape = dataclasses.replace(dims, kv_heads=pages)
-        made = Segment.empty(shape, PAGE, key_codec, value_codec, per_head=True, stats=False, data=data)
+        made = Segment.empty(shape, page_slots(tokens), key_codec, value_codec, per_head=True, stats=False, data=data)
         return cls(made, jnp.zeros((dims.batch, pages), jnp.int32))
 
     @property
@@ -121,7 +123,12 @@ class Pool:
 
 def pool_pages(dims: CacheDims, tokens: int) -> int:
     """Pages for `tokens` per head on average: heads own whole pages, so each may leave one filled in part."""
-    return dims.kv_heads * (-(-tokens // PAGE) + 1)
+    return dims.kv_heads * (-(-tokens // page_slots(tokens)) + 1)
+
+
+def page_slots(tokens: int) -> int:
+    """Slots per page of a pool for `tokens` per head on average."""
+    return LARGE_PAGE if tokens >= MANY else SMALL_PAGE
 
 
 Part = Segment | Pool

@@ -23,9 +23,15 @@ def refusal(method: CacheMethod) -> str | None:
 
 def check_layer(method: CacheMethod, dims: CacheDims) -> None:
     """Raises UsageError where a method does not go with the attention of a layer; method: as the layer uses it."""
-    checks = (_wrong_latent, _wrong_hiding, _wrong_map)
+    checks = (_wrong_state, _wrong_latent, _wrong_hiding, _wrong_map)
     if problem := next((reason for check in checks if (reason := check(method, dims))), None):
         raise UsageError(f"method {method.name!r}: {problem}")
+
+
+def _wrong_state(method: CacheMethod, dims: CacheDims) -> str | None:
+    if dims.convolved is None or not (method.budget.evicts or method.codes or method.selector.page is not None):
+        return None
+    return "this model keeps no keys and values, so a cache method has nothing to evict, code or select; use 'full'"
 
 
 def _wrong_latent(method: CacheMethod, dims: CacheDims) -> str | None:

@@ -143,7 +143,8 @@ def _template(file: Path, document: Mapping[str, Any]) -> ModelCache:
 
 
 def _plausible(dims: CacheDims) -> bool:
-    sizes = [dims.batch, dims.kv_heads, dims.query_heads, dims.head_dim, dims.max_length, dims.prompt_length]
+    sizes = [dims.batch, dims.query_heads, dims.max_length, dims.prompt_length]
+    sizes += [dims.kv_heads, dims.head_dim] if dims.convolved is None else [dims.convolved + 1, dims.width]
     return all(0 < n < 2**31 for n in sizes) and 0 <= dims.layer < 2**15 and dims.dtype in _DTYPES
 
 

@@ -116,7 +116,7 @@ def prefill(
     method, data = unpack(method, model, dims)
     method = resolve(method, dims)
     if method.repetition is not None:
-        return _prefill_repeated(model, method, dims, data, tokens, lengths)
+        return _prefill_repeated(model, method, dims, data, tokens, lengths, drawn)
     if method.prefill == "exact":
         rows = model.place_rows(tokens), model.place_rows(lengths), drawn
         logits, cache = _prefill_exact(model.module, method, dims, model.mesh, model.rules, data, model.params, *rows)
@@ -176,6 +176,7 @@ def _prefill_repeated(
     data: Data | None,
     tokens: NDArray[np.int32],
     lengths: NDArray[np.int32],
+    draws: Array | None,
 ) -> Context:
     """Holds the prompt of every layer, uncompressed, until the model has repeated it."""
     assert method.repetition is not None
@@ -184,9 +185,10 @@ def _prefill_repeated(
             f"method {method.name!r} has the model repeat the prompt from every layer's whole prompt, which is kept on "
             "one device, but the model is spread over a mesh. Use the model without a mesh, or another method."
         )
-    logits, prompt = record_prompt(model.module, model.params, tokens, lengths)
-    scores = repeat(model, prompt, tokens, lengths, method.repetition)
-    return Context(compress(method, dims, prompt, jnp.asarray(lengths), data=data, scores=scores), logits)
+    logits, prompt = record_prompt(model.module, model.params, tokens, lengths, draws)
+    scores = repeat(model, prompt, tokens, lengths, method.repetition, draws)
+    cache = compress(method, dims, prompt, jnp.asarray(lengths), data=data, scores=scores, draws=draws)
+    return Context(cache, logits)
 
 
 @jax.jit(static_argnames=("module", "method", "dims", "mesh", "rules"))

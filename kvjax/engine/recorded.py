@@ -21,13 +21,15 @@ from kvjax.typing import Array, PyTree
 
 @jax.jit(static_argnames=("module",))
 def record_prompt(
-    module: Transformer, params: PyTree, tokens: Array, lengths: Array
+    module: Transformer, params: PyTree, tokens: Array, lengths: Array, draws: Array | None = None
 ) -> tuple[Array, tuple[RecordedPrompt, ...]]:
     """The exact pass over prompts int32 [B, P]: the logits after each row's last token f32 [B, V], and every layer's
-    prompt."""
+    prompt. draws: uint32 [B], where the model draws its embeddings."""
     empty = tuple(PromptRecorder(jnp.zeros_like(lengths)) for _ in module.config.owners)
     valid = jnp.arange(tokens.shape[1]) < lengths[:, None]
-    logits, layers = module.apply({"params": params}, tokens, cache=empty, valid=valid, logits_at=lengths - 1)
+    logits, layers = module.apply(
+        {"params": params}, tokens, cache=empty, valid=valid, logits_at=lengths - 1, draws=draws
+    )
     return logits[:, 0], layers  # pyright: ignore[reportReturnType]
 
 
@@ -40,6 +42,7 @@ def compress(
     unread: int = 0,
     data: Data | None = None,
     scores: Sequence[Array | None] | None = None,
+    draws: Array | None = None,
 ) -> ModelCache:
     """The cache that `method` makes of a recorded prompt, layer by layer; its budget must be in tokens.
 
@@ -47,6 +50,7 @@ def compress(
 
     Args:
       scores: f32 [B, K, P] of each layer, for a method with a `repetition`.
+      draws: uint32 [B], where the model draws its embeddings.
     """
     none = (None,) * len(dims)
     layers = []
@@ -57,7 +61,7 @@ def compress(
         layer = _compress_layer(here, anonymous, recorded, lengths, heads, learnt or NO_DATA, unread, given)
         layers.append(dataclasses.replace(layer, dims=layer_dims))
     # Steps donate the cache, so no buffer may be shared.
-    return ModelCache(tuple(layers), jnp.copy(lengths) - unread, method)
+    return ModelCache(tuple(layers), jnp.copy(lengths) - unread, method, jax.tree.map(jnp.copy, draws))
 
 
 @jax.jit(static_argnames=("method", "dims", "unread"))

@@ -96,6 +96,7 @@ def repeat(
     tokens: NDArray[np.int32],
     lengths: NDArray[np.int32],
     repetition: Repetition,
+    draws: Array | None = None,
 ) -> tuple[Array, ...]:
     """Of every layer, the scores f32 [B, K, P] of the tokens of its recorded prompt; 1 for the first, always seen ones.
 
@@ -104,12 +105,13 @@ def repeat(
 
     Args:
       tokens: the prompts, int32 [B, P], of which the first `lengths` [B] of each row exist.
+      draws: uint32 [B], where the model draws its embeddings.
     """
     chunk = max(1, min(repetition.chunk, model.config.max_positions // MOST_OF_POSITIONS))
     repetition, size = dataclasses.replace(repetition, chunk=chunk), min(chunk, tokens.shape[1])
     layers = tuple(repeating(recorded.step, repetition, size) for recorded in prompt)
     for piece in pieces(tokens, lengths, repetition, Instruction.of(model.tokenizer)):
-        scores = _repeat_piece(model.module, model.params, layers, *piece)
+        scores = _repeat_piece(model.module, model.params, layers, draws, *piece)
         layers = tuple(dataclasses.replace(layer, scores=new) for layer, new in zip(layers, scores, strict=True))
     always = jnp.arange(tokens.shape[1]) < repetition.sinks
     return tuple(jnp.where(always, 1.0, layer.scores) for layer in layers)
@@ -120,6 +122,7 @@ def _repeat_piece(
     module: Transformer,
     params: PyTree,
     layers: tuple[Repeating, ...],
+    draws: Array | None,
     tokens: Array,
     counts: Array,
     start: Array,
@@ -128,5 +131,6 @@ def _repeat_piece(
     cache = tuple(dataclasses.replace(layer, start=start, stop=stop) for layer in layers)
     valid = jnp.arange(tokens.shape[1]) < counts[:, None]
     nowhere = jnp.zeros_like(counts)
-    after: Any = module.apply({"params": params}, tokens, cache=cache, valid=valid, logits_at=nowhere)[1]
+    arguments: Any = {"cache": cache, "valid": valid, "logits_at": nowhere, "draws": draws}
+    after: Any = module.apply({"params": params}, tokens, **arguments)[1]
     return tuple(layer.scores for layer in after)

@@ -45,7 +45,7 @@ def run(
     expected = batch.start(reference)
     for piece in pieces:
         last = piece is pieces[-1]
-        recorded = _record(batch, expected, piece) if errors and last else None
+        recorded = _record(batch, expected, piece) if errors and batch.records and last else None
         expected, predicted = feed(batch.model, expected, piece)
         for name, method in methods.items():
             context = contexts.pop(name, None) or batch.start(method)
@@ -64,21 +64,22 @@ def run(
             yield name
 
 
-def warm(batch: Batch, reference: CacheMethod, methods: Mapping[str, CacheMethod]) -> Iterator[str]:
+def warm(batch: Batch, reference: CacheMethod, methods: Mapping[str, CacheMethod], errors: bool) -> Iterator[str]:
     """Compiles what `run` needs, the methods side by side, for XLA uses little more than one core per program.
 
     Yields each name when its programs are ready.
     """
     piece = batch.pieces()[0]
     context = batch.start(reference)
-    recorded = _record(batch, context, piece)
+    recorded = _record(batch, context, piece) if errors and batch.records else None
     predicted = feed(batch.model, context, piece)[1]
     _grade(piece, predicted, predicted, Tally())
     _right(batch, piece, predicted)
 
     def touch(name: str) -> str:
         context = batch.start(methods[name])
-        jax.block_until_ready(program.attention_errors(context.cache, recorded, piece.steps))
+        if recorded is not None:
+            jax.block_until_ready(program.attention_errors(context.cache, recorded, piece.steps))
         jax.block_until_ready(feed(batch.model, context, piece))
         return name
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import zlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from types import MappingProxyType
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
@@ -58,10 +60,15 @@ class Batch:
         """Whether the parts of some answer may come in any order."""
         return any(item.example is not None and not item.example.ordered for item in self.items)
 
+    @property
+    def records(self) -> bool:
+        """Whether prompts can be recorded for many methods; only keys and values can."""
+        return self.setting.has_keys(self.model)
+
     def record(self) -> tuple[Array, tuple[RecordedPrompt, ...], Array]:
         """One exact pass over the prompts: logits f32 [B, V], every layer's prompt, lengths int32 [B]."""
         tokens, lengths = self._prompts
-        logits, prompt = record_prompt(self.model.module, self.model.params, tokens, lengths)
+        logits, prompt = record_prompt(self.model.module, self.model.params, tokens, lengths, self._draws)
         return logits, prompt, jnp.asarray(lengths)
 
     @cached_property
@@ -71,7 +78,7 @@ class Batch:
 
     def repeat(self, repetition: Repetition) -> tuple[Array, ...]:
         """A pass in which the model repeats the prompts that `recorded` holds: each layer's scores f32 [B, K, P]."""
-        return repeat(self.model, self.recorded[1], *self._prompts, repetition)
+        return repeat(self.model, self.recorded[1], *self._prompts, repetition, self._draws)
 
     def repeated(self, repetition: Repetition) -> tuple[Array, ...]:
         """`repeat`, once for all methods that ask for the same."""
@@ -83,6 +90,14 @@ class Batch:
     @cached_property
     def _prompts(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         return pad([item.prompt for item in self._rows], self.setting.prompt)
+
+    @cached_property
+    def _draws(self) -> Array | None:
+        """uint32 [B]: a row's draw of the embeddings, where the model draws them, follows from its tokens alone."""
+        if self.model.config.embedding is None:
+            return None
+        seen = [np.concatenate([item.prompt, item.follow]).astype("<i4").tobytes() for item in self._rows]
+        return jnp.array([zlib.crc32(row) for row in seen], jnp.uint32)
 
     def start(self, method: CacheMethod) -> Context:
         """The prompts in a cache of `method` (budget in tokens), with buffers of its own.
@@ -101,12 +116,15 @@ class Batch:
             empty = empty if data is None else empty.fork()
             layers = tuple(layer.in_phase("prompt") for layer in empty.layers)
             logits = jnp.zeros((self.setting.batch, self.model.config.vocab_size), jnp.float32)
-            return Context(dataclasses.replace(empty, layers=layers), logits)
-        if method.prefill == "exact":
+            return Context(dataclasses.replace(empty, layers=layers, draws=jax.tree.map(jnp.copy, self._draws)), logits)
+        if method.prefill == "exact" and self.records:
             logits, prompt, lengths = self.recorded
             scores = None if method.repetition is None else self.repeated(method.repetition)
             unread = self.items[0].unread
-            return Context(compress(method, dims, prompt, lengths, unread=unread, data=data, scores=scores), logits)
+            return Context(
+                compress(method, dims, prompt, lengths, unread=unread, data=data, scores=scores, draws=self._draws),
+                logits,
+            )
         prompts = [item.prompt[: len(item.prompt) - item.unread].tolist() for item in self._rows]
         setting = self.setting
         whole = method if calibrated is None else dataclasses.replace(calibrated, method=method)
@@ -118,6 +136,7 @@ class Batch:
             dtype=setting.dtype,
             length=setting.prompt,
             chunk=setting.chunk,
+            draws=0 if self._draws is None else self._draws.tolist(),
         )
 
     def pieces(self) -> list[Piece]:

@@ -23,6 +23,7 @@ class Beside:
 
     Methods are called "name/method", and `ratio` is of the full bf16 cache of the first model, so that a model whose
     cache is small to begin with shows it. Divergence and attention errors stay those from the model's own full cache.
+    A model that keeps no keys and values has one row, "name/full".
 
     Attributes:
       name: of the model; "" leaves the names of methods as they are (the first model).
@@ -80,6 +81,11 @@ def plans(
         setting.context: full_bytes([dataclasses.replace(dims, batch=1) for dims in setting.dims(first)])
         for setting in made[0].fitted
     }
+    if not all(whole.values()):
+        raise UsageError(
+            f"model {first.name!r} keeps no keys and values, so no size can be a share of its full cache; compare "
+            f"another model, and name this one as one `beside` it."
+        )
     return [Beside(plan, "" if plan is made[0] else plan.model.name, whole) for plan in made]
 
 

@@ -70,6 +70,7 @@ def compare(
     query_aware: bool = False,
     dtype: str = defaults.DTYPE,
     chunk: int = defaults.CHUNK,
+    attention_errors: bool = True,
     beside: Sequence[LanguageModel] = (),
     out: str | Path | None = None,
     progress: Track | None = track,
@@ -90,6 +91,7 @@ def compare(
       query_aware: show the question while the cache is compressed; by default it is hidden.
       dtype: of tokens that a cache stores exactly.
       chunk: tokens per step of methods that read a prompt in pieces.
+      attention_errors: measure them too, which takes one more compiled program per method.
       beside: other models of the same tokenizer, such as one whose attention has a smaller cache: their rows are called
         "name/method", and their `ratio` is of the first model's full bf16 cache.
       out: a folder for report.html, made if need be.
@@ -98,10 +100,10 @@ def compare(
     Returns:
       Records with the fields method, task, context, seed, examples, score (share of right answers, in [0, 1]; None for
       text), perplexity and bits_per_byte (None for recall), kl (nats per token, from the full cache's next-token
-      distribution), attention_error (relative, against the full cache on the same inputs), cache_bytes,
-      effective_bytes, layer_bytes (of one row), bytes_per_token, bits_per_element, ratio (to the full bf16 cache),
-      tokens_held, prefill_ms and decode_ms_per_token (of a batch of `batch` rows, medians), prefill_ms_quartiles,
-      decode_ms_quartiles, batch, budget, query_aware and note.
+      distribution), attention_error (relative, against the full cache on the same inputs; None where it is not asked
+      for), cache_bytes, effective_bytes, layer_bytes (of one row), bytes_per_token, bits_per_element, ratio (to the
+      full bf16 cache), tokens_held, prefill_ms and decode_ms_per_token (of a batch of `batch` rows, medians),
+      prefill_ms_quartiles, decode_ms_quartiles, batch, budget, query_aware and note.
 
     Raises:
       UsageError: before anything runs: an unknown method or task, a context beyond the model's limit or too short for a
@@ -109,7 +111,7 @@ def compare(
       KvjaxError: a cache's live buffers are not what its method declares.
       NumericsError: a measurement is not a finite number.
     """
-    options = Options(context, seeds, examples, batch, budget, query_aware, dtype, chunk)
+    options = Options(context, seeds, examples, batch, budget, query_aware, dtype, chunk, attention_errors)
     planned = plans([model, *beside], methods, tasks, options)
     if out is not None:
         with writing(out):

@@ -40,6 +40,7 @@ class Options:
     query_aware: bool = False
     dtype: str = defaults.DTYPE
     chunk: int = defaults.CHUNK
+    attention_errors: bool = True
 
 
 class Unit(NamedTuple):
@@ -91,6 +92,8 @@ class Plan:
             setting.check(model)
             for task in named:
                 WORKLOADS[task].items(source, setting, 1, 0)
+            if not setting.has_keys(model):
+                chosen = [contender for contender in chosen if contender.name == defaults.REFERENCE]
             fitted[setting] = {c.name: c.fit(common, model, setting) for c in chosen}
         return cls(model, source, tuple(chosen), fitted, tuple(named), options)
 
@@ -152,7 +155,7 @@ class Plan:
         advance(0, note="compiling")
         items = WORKLOADS[unit.task].items(self.source, unit.setting, unit.setting.batch, unit.seed)
         batch, reference = self._batch(unit.setting, items), self.fitted[unit.setting][defaults.REFERENCE]
-        for name in accuracy.warm(batch, reference, self._able(unit)):
+        for name in accuracy.warm(batch, reference, self._able(unit), self.options.attention_errors):
             advance(0, note=f"compiled {name}")
 
     def _measure(self, unit: Unit, advance: Advance) -> Iterator[Record]:
@@ -162,7 +165,8 @@ class Plan:
         items = workload.items(self.source, setting, self.options.examples, unit.seed)
         for start in range(0, len(items), setting.batch):
             batch = self._batch(setting, items[start : start + setting.batch])
-            for name in accuracy.run(batch, self.fitted[setting][defaults.REFERENCE], able, tallies, errors=start == 0):
+            errors = self.options.attention_errors and start == 0
+            for name in accuracy.run(batch, self.fitted[setting][defaults.REFERENCE], able, tallies, errors):
                 advance(1, note=f"{unit.task} {name}")
             advance(len(unit.methods) - len(able))
         for name in unit.methods:

@@ -48,7 +48,7 @@ class Cost:
       layer_bytes: allocated, per layer. cache_bytes: their sum. effective_bytes: the part whose slots hold a token.
       bytes_per_token: cache_bytes over the tokens of the context.
       bits_per_element: bits of the stored keys and values, scales counted, per stored number.
-      ratio: cache_bytes over those of a bf16 cache of every token's keys and values.
+      ratio: cache_bytes over those of a bf16 cache of every token's keys and values. None, both, where there are none.
       tokens_held: tokens that a row holds after its prompt, mean over layers and heads.
       prefill: one exact pass over the prompts (the same for all methods that compress at the prompt's end), the pass in
         which the model repeats them (where a method asks for it), and the compression of every layer; of the whole
@@ -60,8 +60,8 @@ class Cost:
     layer_bytes: tuple[int, ...]
     effective_bytes: int
     bytes_per_token: float
-    bits_per_element: float
-    ratio: float
+    bits_per_element: float | None
+    ratio: float | None
     tokens_held: float
     prefill: Timing
     decode: Timing
@@ -73,8 +73,8 @@ class Cost:
 
 
 def time_pass(batch: Batch) -> Timing:
-    """The exact pass over a batch's prompts, which all methods share that compress at the prompt's end."""
-    return timed(batch.record)
+    """The exact pass over a batch's prompts, which all methods share that compress at the prompt's end, if any do."""
+    return timed(batch.record) if batch.records else Timing(0.0, 0.0, 0.0)
 
 
 def measure(batch: Batch, method: CacheMethod, one_pass: Timing) -> Cost:
@@ -96,7 +96,7 @@ def measure(batch: Batch, method: CacheMethod, one_pass: Timing) -> Cost:
         effective_bytes=round(cache.effective_bytes / rows),
         bytes_per_token=cache.nbytes / rows / batch.setting.context,
         bits_per_element=_bits_per_element(cache),
-        ratio=cache.nbytes / cache.full_bytes,
+        ratio=cache.nbytes / cache.full_bytes if batch.records else None,
         tokens_held=_held(cache),
         prefill=prefill,
         decode=_time_decode(batch, method),
@@ -115,7 +115,9 @@ def check_bytes(cache: ModelCache) -> None:
 
 
 def no_op(cache: ModelCache, method: CacheMethod) -> str:
-    """Says so where a method that evicts holds every token, or one that codes holds no token in its code."""
+    """Says so where a method that evicts holds every token, one that codes none in its code, or there are no tokens."""
+    if not any(layer.segments for layer in cache):
+        return "keeps no keys and values"
     codes = method.codes
     evicted = method.budget.evicts and _held(cache) < float(np.mean(np.asarray(cache.lengths)))
     coded = codes and _held(cache, _is_coded) > 0
@@ -148,9 +150,11 @@ def _time_decode(batch: Batch, method: CacheMethod) -> Timing:
     return timed(lambda c: feed(batch.model, c, piece), prepare=context.fork).scaled(1 / steps)
 
 
-def _bits_per_element(cache: ModelCache) -> float:
+def _bits_per_element(cache: ModelCache) -> float | None:
     stored = [(s, part.dims) for layer in cache for part in layer.parts for s in part.segments]
     size = sum(leaf.nbytes for s, _ in stored for leaf in jax.tree.leaves(s.stores))
+    if not stored:
+        return None
     return 8 * size / sum(_channels(d) * d.batch * d.kv_heads * s.per_head(d.kv_heads)[1] for s, d in stored)
 
 

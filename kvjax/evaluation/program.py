@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +58,9 @@ def feed(
         valid = (i < lengths)[:, None]
         at = jnp.zeros((batch,), jnp.int32)
         token = jnp.where(free[:, i], jnp.argmax(predicted[:, i], axis=-1), tokens[:, i]).astype(jnp.int32)[:, None]
-        fresh, layers = module.apply({"params": params}, token, cache=cache.layers, valid=valid, logits_at=at)
+        fresh, layers = module.apply(
+            {"params": params}, token, cache=cache.layers, valid=valid, logits_at=at, draws=cache.draws
+        )
         return cache.stepped(layers), jax.lax.dynamic_update_slice_in_dim(predicted, fresh, i + 1, 1)
 
     return jax.lax.fori_loop(0, steps, one, (cache, predicted))
@@ -78,17 +81,17 @@ def record_steps(
 ) -> tuple[LayerRecording, ...]:
     """What every layer was handed and gave back while `feed` would run; zeros beyond `steps`."""
 
-    def recorders(layers: tuple[AnyLayer, ...], i: Array) -> tuple[StepRecorder, ...]:
+    def recorders(layers: tuple[Any, ...], i: Array) -> tuple[StepRecorder, ...]:
         valid = (i < lengths)[:, None]
         token = jax.lax.dynamic_slice_in_dim(tokens, i, 1, axis=1)
         fresh = tuple(StepRecorder(layer) for layer in layers)
-        return module.apply({"params": params}, token, cache=fresh, valid=valid)[1]  # pyright: ignore[reportReturnType]
+        return module.apply({"params": params}, token, cache=fresh, valid=valid, draws=cache.draws)[1]  # pyright: ignore[reportReturnType]
 
-    def one(layers: tuple[AnyLayer, ...], i: Array) -> tuple[tuple[AnyLayer, ...], tuple[RecordedStep, ...]]:
+    def one(layers: tuple[Any, ...], i: Array) -> tuple[tuple[Any, ...], tuple[RecordedStep, ...]]:
         after = recorders(layers, i)
         return tuple(r.inner for r in after), tuple(_without_projection(r.seen) for r in after)
 
-    def body(i: Array, carry: tuple[tuple[AnyLayer, ...], PyTree]) -> tuple[tuple[AnyLayer, ...], PyTree]:
+    def body(i: Array, carry: tuple[tuple[Any, ...], PyTree]) -> tuple[tuple[Any, ...], PyTree]:
         layers, kept = carry
         layers, seen = one(layers, i)
         return layers, jax.tree.map(lambda all_steps, new: all_steps.at[i].set(new), kept, seen)

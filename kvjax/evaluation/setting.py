@@ -46,6 +46,10 @@ class Setting:
         """The dimensions of every layer's cache."""
         return tuple(cache_dims(model, self.batch, self.prompt, self.context, self.dtype))
 
+    def has_keys(self, model: LanguageModel) -> bool:
+        """Whether the layers of a model keep keys and values, so that there is something for methods to do."""
+        return all(layer.convolved is None for layer in self.dims(model))
+
     def check(self, model: LanguageModel) -> None:
         """Raises UsageError where the context is too long for the model or too short for a prompt."""
         limit = model.config.max_positions

@@ -16,6 +16,7 @@ from kvjax.attention import AttentionConfig, AttentionKind, FFNified, FFNifiedGr
 from kvjax.cache.layout import CacheDims
 from kvjax.cache.plan import layer_bytes
 from kvjax.cache.recorder import PromptRecorder
+from kvjax.engine.prefill import Context
 from kvjax.errors import UsageError
 from kvjax.models.config import TransformerConfig
 from kvjax.models.language_model import LanguageModel
@@ -274,9 +275,31 @@ def test_what_does_not_go_together_is_refused(kind: AttentionKind, fields: dict[
         dataclasses.replace(CONFIG, attention=kind, **fields)
 
 
-def test_the_engine_and_foreign_caches_are_refused_with_what_to_do() -> None:
-    with pytest.raises(UsageError, match=r"no keys and values.*config\.attention\.state"):
-        kvjax.prefill(model(), [[1, 2, 3]], reserve=4)
+def test_the_engine_decodes_with_states_and_saves_them(tmp_path) -> None:
+    """Greedy decoding behind prompts of two lengths is that of the uncached pass, also from a saved context."""
+    prompts = [[1, 2, 3, 4, 5, 6], [7, 8]]
+    context = kvjax.prefill(model(), prompts, reserve=8, dtype="float32")
+    assert context.cache.layer_bytes == context.cache.planned_bytes == [2 * (2 * (K - 1) * D * 4 + 4)] * 2
+    assert context.cache.effective_bytes == context.cache.nbytes and context.cache.full_bytes == 0
+    kvjax.save_cache(context, tmp_path / "cache")
+    questions = [[9, 4], [3]]
+    found = kvjax.generate(model(), questions, cache=context, max_new_tokens=5, stop=())
+    loaded = kvjax.load_cache(tmp_path / "cache")
+    assert isinstance(loaded, Context)
+    assert kvjax.generate(model(), questions, cache=loaded, max_new_tokens=5, stop=()).tokens == found.tokens
+    for text, question, said in zip(prompts, questions, found.tokens, strict=True):
+        prompt = [*text, *question]
+        logits = jax.jit(LanguageModel.apply)(model(), jnp.asarray([[*prompt, *said]]))[0][0]
+        assert np.argmax(logits[len(prompt) - 1 : -1], axis=-1).tolist() == said
+
+
+@pytest.mark.parametrize("method", ["h2o", "int8", "quest", "streaming_llm", "pyramidkv", "adakv"])
+def test_methods_have_nothing_to_keep(method: str) -> None:
+    with pytest.raises(UsageError, match="keeps no keys and values"):
+        kvjax.prefill(model(), [[1, 2, 3]], method, reserve=4)
+
+
+def test_foreign_caches_are_refused_with_what_to_do() -> None:
     tokens = jnp.zeros((B, 2), jnp.int32)
     for cache in ((PromptRecorder(jnp.zeros((B,), jnp.int32)),) * 2, states(K + 1)):
         with pytest.raises(UsageError, match=r"ConvolutionState of \(3, 16\).*got"):

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import types
+from typing import Any
 
+import numpy as np
 import pytest
 
 import kvjax
-from kvjax.attention import MultiHeadLatent
+from kvjax.attention import DiffQKV, FFNified, KeyDriven, MultiHeadLatent, SelectiveAttention, SelfSelective
+from kvjax.cache.plan import layer_bytes
+from kvjax.engine.prefill import cache_dims
 from kvjax.errors import UsageError
+from kvjax.evaluation.batch import Batch
 from kvjax.evaluation.beside import config_of, plans
 from kvjax.evaluation.plan import Options
+from kvjax.evaluation.setting import Setting
+from kvjax.evaluation.workload import WORKLOADS, Source
+from kvjax.models.embedding import DrawnEmbedding
 from kvjax.models.language_model import LanguageModel
 from tests.evaluation.tiny import tiny
 
@@ -47,6 +55,65 @@ def test_what_is_done_is_not_measured_again(model: LanguageModel, latent: Langua
     left = list(second.run(done))
     assert [record["method"] for record in left] == ["latent/int8"]
     assert config_of([first, second])["methods"] == ["full", "int8", "latent/full", "latent/int8"]
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "multi-query": {"num_kv_heads": 1},
+    "shared": {"kv_layers": (0, 0)},
+    "diffqkv": {"num_kv_heads": 1, "attention": DiffQKV(value_heads=2, key_dim=16)},
+    "ssa": {"attention": SelfSelective()},
+    "selective": {"attention": SelectiveAttention()},
+    "kdgqa": {"attention": KeyDriven()},
+    "ffnified": {"attention": FFNified(), "rope": None},
+    "lexinvariant": {"embedding": DrawnEmbedding()},
+}
+
+
+@pytest.mark.usefixtures("lone")
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_has_rows_with_bytes_and_score(name: str, model: LanguageModel) -> None:
+    other = tiny(3.0, name=name, **VARIANTS[name])
+    tasks = ["kv", "perplexity-stream"] if name in ("ffnified", "lexinvariant") else ["kv"]
+    told = kvjax.compare(
+        model,
+        ["int8"],
+        tasks,
+        context=128,
+        seeds=1,
+        examples=2,
+        batch=2,
+        beside=[other],
+        attention_errors=False,
+        progress=None,
+    )
+    rows = {row.method: row for row in told.rows}
+    stateful = name == "ffnified"
+    assert list(rows) == ["full", "int8", f"{name}/full", *([] if stateful else [f"{name}/int8"])]
+    row, whole = rows[f"{name}/full"], rows["full"]
+    planned = [layer_bytes(kvjax.methods.full(), dims) for dims in cache_dims(other, 2, 96, 128)]
+    assert row.cache_bytes == sum(round(size / 2) for size in planned)
+    assert row.ratio == pytest.approx(whole.ratio * row.cache_bytes / whole.cache_bytes)
+    assert set(row.scores) == {"kv"} and len(row.perplexity) == len(tasks) - 1 and row.kl == 0
+    assert row.attention_error is None and ("keeps no keys" in " ".join(row.notes)) == stateful
+
+
+@pytest.mark.parametrize("method", ["full", "kvzip", "streaming"])
+def test_a_draw_follows_from_the_row_alone(method: str, setting: Setting, source: Source) -> None:
+    """A row has the same embeddings alone and behind another, whatever the method; rows have different ones."""
+    other = tiny(3.0, name="lexinvariant", embedding=DrawnEmbedding())
+    items = WORKLOADS["kv"].items(source, setting, 2, 0)
+    chosen = kvjax.methods.full() if method == "streaming" else kvjax.methods.parse(method)
+    chosen = dataclasses.replace(chosen, prefill="streaming") if method == "streaming" else chosen
+    both, alone = (Batch(other, setting, rows).start(chosen) for rows in (items, items[1:]))
+    assert both.cache.draws is not None and alone.cache.draws is not None
+    assert len(set(np.asarray(both.cache.draws).tolist())) == 2
+    np.testing.assert_array_equal(both.cache.draws[1], alone.cache.draws[0])
+    np.testing.assert_allclose(both.logits[1], alone.logits[0], atol=1e-5 * float(abs(both.logits).max()))
+
+
+def test_a_model_without_keys_stands_beside_another_only() -> None:
+    with pytest.raises(UsageError, match="beside"):
+        plans([tiny(name="ffnified", attention=FFNified(), rope=None)], [], ["kv"], OPTIONS)
 
 
 def test_models_that_cannot_be_compared_are_refused(model: LanguageModel) -> None:

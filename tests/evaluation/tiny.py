@@ -33,6 +33,7 @@ def tiny(sharpness: float = 1.0, name: str = "tiny", **changes: Any) -> Language
         tied_embeddings=True,
     )
     config = dataclasses.replace(config, **changes)
-    params = Transformer(config).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    draws = None if config.embedding is None else jnp.zeros(1, jnp.uint32)
+    params = Transformer(config).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32), draws=draws)["params"]
     params = jax.tree.map(lambda leaf: sharpness * leaf if leaf.ndim > 1 else leaf, params)
     return LanguageModel(config, params, load_tokenizer(REFERENCE), name)

@@ -53,5 +53,6 @@ class StepSpec:
         return (self.cache(), *(jax.ShapeDtypeStruct(shape, jnp.dtype(dims.dtype)) for shape in shapes)), {}
 
 
-HARDWARE = tuple(StepSpec(name.replace("-", "_"), name) for name in ("full", "int8", "int4", "kivi-4"))
-"""One of each layout: exact, per token without and with channel groups, per channel in blocks."""
+METHODS = ("full", "int8", "int4", "kivi-4", "adakv", "adakv+int8", "adakv+int4")
+HARDWARE = tuple(StepSpec(name.replace("-", "_").replace("+", "_"), name) for name in METHODS)
+"""One of each layout: exact, per token without and with channel groups, per channel in blocks; and pools of pages."""
