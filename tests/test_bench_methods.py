@@ -18,6 +18,7 @@ from experiments.bench.one_layer import Setting, rising_data
 from kvjax.cache.methods import METHODS, parse
 from kvjax.cache.plan import layer_bytes
 from kvjax.errors import UsageError
+from tests.thin import thinned
 
 NAMES = ("h2o:share=50%,recent=8", "int8")
 SMALL: dict[str, Any] = {
@@ -150,7 +151,7 @@ def abstract(setting):
     return params, jax.eval_shape(setting.record, params, rows)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", thinned(METHODS, 3))
 def test_every_named_method_can_be_measured(name):
     """At the sizes of the goals, as shapes: nothing is computed."""
     config = bench_methods.Config()

@@ -36,7 +36,8 @@ def layer_bytes(method: CacheMethod, dims: CacheDims) -> int:
     row = layout.sinks * exact + layout.ring * (exact + statistic)
     row += (layout.body - pooled) * (coded + statistic + _INT * (heads if per_head else 1))
     if pooled:
-        row += pool_pages(dims, pooled) * (page_slots(pooled) * (coded / heads + _INT) + _INT)
+        page = page_slots(dims, pooled, *method.codecs)
+        row += pool_pages(dims, pooled, page) * (page * (coded / heads + _INT) + _INT)
     total = dims.batch * (row + 3 * _INT) + heads * _INT + _state_bytes(method, dims)
     total += sum(codec.parameter_bytes(mine) for codec, mine in pairs) if layout.body else 0
     total += _INT * dims.batch * (dims.max_length * dims.selective + dims.query_heads * dims.mapped)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +17,10 @@ from kvjax.cache.step import Step
 from kvjax.typing import Array, PyTree
 from pallas_kernels.logits import log_sum
 
-SMALL_PAGE, LARGE_PAGE = 32, 128
-"""Slots per page. The TPU kernel reads large ones only."""
-MANY = 1024
-"""Tokens per head from which on pages are large: one filled in part is then at most an eighth of a head's budget."""
+PAGE, TILE = 32, 128
+"""Slots of a small page, and what those of a large one are a multiple of: a tile of the TPU kernel."""
+MANY = 8
+"""Pages per head from which on they are large: one that is filled in part is then a small part of a head's budget."""
 
 
 @jax.tree_util.register_dataclass
@@ -43,9 +44,10 @@ class Pool:
         cls, dims: CacheDims, tokens: int, key_codec: Codec, value_codec: Codec, data: tuple[PyTree, PyTree]
     ) -> Pool:
         """Room for `tokens` per head on average, in whole pages: a page per head may be filled in part."""
-        pages = pool_pages(dims, tokens)
+        size = page_slots(dims, tokens, key_codec, value_codec)
+        pages = pool_pages(dims, tokens, size)
         shape = dataclasses.replace(dims, kv_heads=pages)
-        made = Segment.empty(shape, page_slots(tokens), key_codec, value_codec, per_head=True, stats=False, data=data)
+        made = Segment.empty(shape, size, key_codec, value_codec, per_head=True, stats=False, data=data)
         return cls(made, jnp.zeros((dims.batch, pages), jnp.int32))
 
     @property
@@ -121,14 +123,15 @@ class Pool:
         return merged, log_sum(total, top)
 
 
-def pool_pages(dims: CacheDims, tokens: int) -> int:
-    """Pages for `tokens` per head on average: heads own whole pages, so each may leave one filled in part."""
-    return dims.kv_heads * (-(-tokens // page_slots(tokens)) + 1)
+def pool_pages(dims: CacheDims, tokens: int, size: int) -> int:
+    """Pages of `size` slots for `tokens` per head on average: heads own whole ones, so each may leave one in part."""
+    return dims.kv_heads * (-(-tokens // size) + 1)
 
 
-def page_slots(tokens: int) -> int:
-    """Slots per page of a pool for `tokens` per head on average."""
-    return LARGE_PAGE if tokens >= MANY else SMALL_PAGE
+def page_slots(dims: CacheDims, tokens: int, key_codec: Codec, value_codec: Codec) -> int:
+    """Slots per page of a pool for `tokens` per head on average: a page that the platform's kernel reads, if any."""
+    large = math.lcm(TILE, key_codec.even_slots(dims), value_codec.even_slots(dims.of_values))
+    return large if tokens >= MANY * large else PAGE
 
 
 Part = Segment | Pool

@@ -20,6 +20,7 @@ from kvjax.cache.codec.scale import LIMIT
 from kvjax.cache.layout import CacheDims
 from kvjax.errors import UsageError
 from tests.cache.cases import CODECS
+from tests.thin import thinned
 
 HEAD_DIM = 32
 SHARED: tuple[tuple[Any, int | None], ...] = (("token", None), ("token", 8), ("channel", None), ("channel", 4))
@@ -92,7 +93,7 @@ def check(codec: Codec, x: np.ndarray) -> None:
     )
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", thinned(ALL))
 def test_special_rows_stay_within_the_bound(name: str) -> None:
     """One token of each kind, then each kind as a whole block, along channels and along tokens."""
     codec = ALL[name]
@@ -154,7 +155,7 @@ def test_a_group_without_a_finite_element_decodes_to_zero(name: str) -> None:
     np.testing.assert_array_equal(np.abs(jitted(INTEGERS[name])(x)[1]), 0)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", thinned(ALL))
 def test_blocks_are_independent_and_leading_axes_free(name: str) -> None:
     """One block alone, or under vmap, or among others: the same codes."""
     codec = ALL[name]

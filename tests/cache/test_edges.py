@@ -17,6 +17,7 @@ from kvjax.cache.methods import parse
 from kvjax.cache.policy import AttentionMass, Random
 from tests.cache.cases import METHODS, recent_of
 from tests.cache.driver import Inputs, Setup, dims_of, draw, run, step_of
+from tests.thin import thinned
 
 FAR = (
     "streaming_llm:tokens=24",
@@ -37,7 +38,7 @@ def short() -> Inputs:
 
 
 @pytest.mark.parametrize(("batch", "kv_heads"), [(1, 2), (3, 1)])
-@pytest.mark.parametrize("name", ["h2o:tokens=24+int4", "kivi-2:residual=32", "streaming-prefill-h2o"])
+@pytest.mark.parametrize("name", thinned(["h2o:tokens=24+int4", "kivi-2:residual=32", "streaming-prefill-h2o"]))
 def test_one_row_and_one_head(name: str, batch: int, kv_heads: int) -> None:
     """The first head of two, in a batch of three, is what it is alone."""
     wide = short()
@@ -55,7 +56,9 @@ def test_one_row_and_one_head(name: str, batch: int, kv_heads: int) -> None:
 
 
 @pytest.mark.parametrize("padded", [13, 17, 40])
-@pytest.mark.parametrize("spec", ["kivi-2:group=16,residual=16", "h2o:tokens=64,recent=0.25+kivi-4:group=16", "int4"])
+@pytest.mark.parametrize(
+    "spec", thinned(["kivi-2:group=16,residual=16", "int4", "h2o:tokens=64,recent=0.25+kivi-4:group=16"])
+)
 def test_prompts_padded_to_odd_lengths(spec: str, padded: int) -> None:
     """The block of a codec need not divide the length that prompts are padded to."""
     inputs = draw(32, (padded, 5), padded=padded, decoded=20, query_heads=4)
@@ -67,7 +70,7 @@ def test_prompts_padded_to_odd_lengths(spec: str, padded: int) -> None:
     np.testing.assert_allclose(result.outputs, expected.outputs, atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", FAR)
+@pytest.mark.parametrize("name", thinned(FAR))
 def test_hundreds_of_tokens_beyond_the_budget(name: str) -> None:
     """The laws of positions hold at every one of 400 steps, and what is held stays within the budget."""
     method = METHODS[name]

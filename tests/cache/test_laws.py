@@ -30,6 +30,7 @@ from tests.cache.cases import (
     roomy,
 )
 from tests.cache.driver import Inputs, Run, Setup, dims_of, draw, run
+from tests.thin import thinned
 
 LENGTHS = (64, 45, 17, 1)
 TOLERANCE = 1e-5
@@ -176,7 +177,7 @@ def test_a_window_layer_allocates_no_more_than_its_window() -> None:
     assert (np.asarray(result.held) >= 0).sum(-1).max() <= 21
 
 
-@pytest.mark.parametrize("name", most(METHODS))
+@pytest.mark.parametrize("name", thinned(most(METHODS)))
 @pytest.mark.parametrize("poison", [math.nan, pytest.param(1e30, marks=pytest.mark.slow)])
 def test_padding_and_empty_slots_change_nothing(name: str, poison: float) -> None:
     """Law 2: bit for bit."""
@@ -213,7 +214,7 @@ ALONE = (
 )
 
 
-@pytest.mark.parametrize("name", ALONE)
+@pytest.mark.parametrize("name", thinned(ALONE))
 def test_a_row_alone_in_a_bucket_of_its_own(name: str) -> None:
     """Law 2: neither the batch nor the length to which prompts are padded matters, also for budgets that are shares."""
     batch = inputs_of()

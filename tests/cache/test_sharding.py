@@ -18,6 +18,7 @@ from kvjax.typing import PyTree
 from tests.cache.calibrated import data_of
 from tests.cache.cases import METHODS
 from tests.cache.driver import QUICK, Inputs, Setup, dims_of, draw, prefill, step_of
+from tests.thin import thinned
 
 COLLECTIVES = re.compile(r"\b(all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|collective-broadcast)")
 NAMES = (
@@ -74,7 +75,7 @@ def advance(setup: Setup, cache: LayerCache, prompt: tuple, later: tuple, length
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in NAMES])
+@pytest.mark.parametrize("name", thinned([pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in NAMES]))
 def test_shards_compute_what_the_whole_does_and_exchange_nothing(name: str) -> None:
     setup = Setup(METHODS[name], dims_of(inputs()), chunk=16)
     later, lengths = inputs().later(), np.array(inputs().lengths, np.int32)

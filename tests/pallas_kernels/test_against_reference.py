@@ -43,14 +43,14 @@ def jitted(op: Any, spec: Any, implementation: str, **more: Any) -> tuple[Any, t
     return jax.jit(lambda *a, **k: op(*a, **k, **static, implementation=implementation)), args, arrays
 
 
-@pytest.mark.parametrize(("op", "implementation", "spec"), thinned(CASES))
+@pytest.mark.parametrize(("op", "implementation", "spec"), thinned(CASES, 4))
 def test_equals_the_reference(op: Any, implementation: Any, spec: Any) -> None:
     run, args, arrays = jitted(op, spec, implementation.name)
     reference, _, _ = jitted(op, spec, "reference")
     assert_close(run(*args, **arrays), reference(*args, **arrays))
 
 
-@pytest.mark.parametrize("spec", thinned([s for s in decode_specs.SPECS if s.slots <= 700], 3), ids=lambda s: s.name)
+@pytest.mark.parametrize("spec", thinned([s for s in decode_specs.SPECS if s.slots <= 700], 6), ids=lambda s: s.name)
 def test_logits_on_request_are_those_of_the_softmax(spec: decode_specs.DecodeSpec) -> None:
     run, args, arrays = jitted(decode_attention, spec, "xla", return_logits=True)
     reference, _, _ = jitted(decode_attention, spec, "reference", return_logits=True)

@@ -75,7 +75,7 @@ def _is_array(x: Any) -> bool:
 
 @pytest.mark.parametrize(
     "spec",
-    [*thinned(PAIRS[:7]), *(pytest.param(spec, marks=pytest.mark.slow) for spec in PAIRS[7:])],
+    [*thinned(PAIRS[:7], 3), *(pytest.param(spec, marks=pytest.mark.slow) for spec in PAIRS[7:])],
     ids=lambda s: s.name,
 )
 def test_equals_the_reference(spec: DecodeSpec) -> None:

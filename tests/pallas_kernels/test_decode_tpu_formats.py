@@ -163,7 +163,7 @@ def run(keys: Loader, values: Loader, core: TpuCore, queries: int = 4, **more: A
     return got, jitted(reference.run)
 
 
-@pytest.mark.parametrize(("core", "keys", "values"), thinned(PAIRS))
+@pytest.mark.parametrize(("core", "keys", "values"), thinned(PAIRS, 4))
 def test_equals_the_reference(core: TpuCore, keys: Callable[[], Loader], values: Callable[[], Loader]) -> None:
     assert_close(*run(keys(), values(), core))
 

@@ -21,6 +21,7 @@ from pallas_kernels.rows import fold
 from pallas_kernels.testing import TOLERANCE, assert_close
 from tests.oracles.attention import attend_one
 from tests.oracles.stored_formats import FORMATS, Size, Stored, codebook, dense, float8, integer, low_rank, outlier
+from tests.thin import thinned
 
 NAMES = pytest.mark.parametrize("name", FORMATS)
 
@@ -79,7 +80,7 @@ def test_decodes_to_what_is_stored(name: str) -> None:
     assert made.loader.count % (made.loader.block * made.loader.granularity) == 0
 
 
-@NAMES
+@pytest.mark.parametrize("name", thinned(FORMATS))
 @settings(max_examples=8)
 @given(seed=st.integers(0, 2**16), kept=st.floats(0, 1))
 def test_reads_without_decoding(name: str, seed: int, kept: float) -> None:
@@ -123,7 +124,7 @@ ARRANGED = (
 """Formats of keys and values whose slots and leaves belong to heads in all the ways there are."""
 
 
-@pytest.mark.parametrize(("keys", "values"), ARRANGED)
+@pytest.mark.parametrize(("keys", "values"), thinned(ARRANGED))
 @pytest.mark.usefixtures("small_chunks")
 def test_attention_in_chunks(keys: str, values: str) -> None:
     """Ragged rows, masks per head, an empty row, a rest after the whole chunks."""

@@ -21,6 +21,7 @@ from pallas_kernels.attention_mass.tiles import HIDDEN, IDLE, Summary, Tiles
 from pallas_kernels.compat import RaceError, interpreted
 from pallas_kernels.testing import assert_close
 from tests.pallas_kernels.interpret import cover, heated, jitted, on_tpu, poisoned, sizes_of, small_tiles
+from tests.thin import thinned
 
 
 def covering(name: str, sizes: tuple[int, int, int], groups: int, ragged: bool, **rest: Any) -> MassSpec:
@@ -49,7 +50,7 @@ COVER = [
 ]
 
 
-@pytest.mark.parametrize("spec", COVER, ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", thinned(COVER), ids=lambda spec: spec.name)
 def test_equals_the_reference(spec: MassSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     small_tiles(monkeypatch)
     assert_close(*poisoned_pair(*spec.arguments()))

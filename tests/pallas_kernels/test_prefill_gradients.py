@@ -16,6 +16,7 @@ from pallas_kernels.prefill_attention.api import OP
 from pallas_kernels.prefill_attention.specs import PrefillSpec
 from pallas_kernels.testing import assert_close
 from tests.pallas_kernels.interpret import jitted, small_tiles
+from tests.thin import thinned
 
 PLAIN = [
     PrefillSpec("wide", 2, 1, 2, 300, 256, lengths=(300, 100), softcap=5.0, temperature="head"),
@@ -44,7 +45,7 @@ def gradients(op: Callable[..., Any], spec: PrefillSpec) -> Any:
     return jax.tree.map(lambda x: x.astype(spec.dtype), grads)
 
 
-@pytest.mark.parametrize("spec", [*PLAIN, SELECTIVE[0]], ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", thinned([SELECTIVE[0], *PLAIN]), ids=lambda spec: spec.name)
 def test_those_of_the_tpu_kernels_equal_autodiff_of_the_reference(
     spec: PrefillSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -54,7 +55,7 @@ def test_those_of_the_tpu_kernels_equal_autodiff_of_the_reference(
     assert_close(grads, gradients(reference.run, spec))
 
 
-@pytest.mark.parametrize("spec", [*PLAIN[:2], *SELECTIVE], ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", thinned([*PLAIN[:2], *SELECTIVE]), ids=lambda spec: spec.name)
 def test_those_of_the_xla_form_equal_autodiff_of_the_reference(
     spec: PrefillSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:

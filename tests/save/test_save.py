@@ -33,11 +33,12 @@ from tests.save.driver import (
     make_step,
     prefilled,
 )
+from tests.thin import thinned
 
 SMALL = "kivi-4:residual=16,group=16"
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", thinned(SPECS))
 def test_every_named_method_after_prefill_and_after_decode(spec: str, tmp_path: Path) -> None:
     _, cache = prefilled(spec)
     save(cache, tmp_path / "prompt")

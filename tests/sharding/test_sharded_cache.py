@@ -70,7 +70,7 @@ def place_step(step, mesh, stacked: bool = False):
     return place(on_host(step), specs, mesh)
 
 
-@pytest.mark.parametrize("spec", thinned(SPECS))
+@pytest.mark.parametrize("spec", thinned(SPECS, 4))
 def test_every_named_method_on_a_2_by_4_mesh(spec: str) -> None:
     mesh, method = make_mesh(2, 4), parse(spec)
     if method.joint:

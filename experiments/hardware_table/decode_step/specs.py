@@ -53,6 +53,15 @@ class StepSpec:
         return (self.cache(), *(jax.ShapeDtypeStruct(shape, jnp.dtype(dims.dtype)) for shape in shapes)), {}
 
 
-METHODS = ("full", "int8", "int4", "kivi-4", "adakv", "adakv+int8", "adakv+int4")
-HARDWARE = tuple(StepSpec(name.replace("-", "_").replace("+", "_"), name) for name in METHODS)
-"""One of each layout: exact, per token without and with channel groups, per channel in blocks; and pools of pages."""
+PLAIN = tuple(StepSpec(name.replace("-", "_"), name) for name in ("full", "int8", "int4", "kivi-4"))
+"""One of each layout: exact, per token without and with channel groups, per channel in blocks."""
+POOLED = tuple(
+    StepSpec(name, method)
+    for name, method in (
+        ("pool", "adakv:share=0.5"),
+        ("pool_int8", "adakv:share=0.5+int8"),
+        ("pool_int4", "adakv:share=0.5+int4"),
+    )
+)
+"""Pages that belong to heads."""
+HARDWARE = PLAIN + POOLED

@@ -138,7 +138,9 @@ def _inputs(plan: Plan, q: jax.Array, keys: Loader, values: Loader, slots: Slots
         constants = reader.constants(loader)
         arrays, cut = stored(reader, loader)
         inputs[name], specs[name] = (arrays, constants), (cut, jax.tree.map(constant, constants))
-    holes = None if slots.valid is None else slots.valid.astype(jnp.int8)
+    # Of many heads a step takes 8, a tile of four bytes a number; of bytes it would be a quarter of one.
+    narrow = jnp.int8 if plan.step_heads == q.shape[1] else jnp.int32
+    holes = None if slots.valid is None else slots.valid.astype(narrow)
     for name, x in {"holes": holes, "bias": slots.bias, "positions": slots.positions}.items():
         if x is not None:
             inputs[name], specs[name] = x, of_slots(x)

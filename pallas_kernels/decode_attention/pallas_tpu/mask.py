@@ -23,7 +23,7 @@ class Mask:
       at: scratch memory, by name.
       first: index of the block's first slot.
       length: (row of the step, kv head of the step) -> slots from here on are not valid.
-      holes: reference to int8, 0 where a slot is not valid.
+      holes: reference to integers, 0 where a slot is not valid.
       bias: reference to f32.
       positions: reference to int32.
       queries: reference to int32 [rows of the step, rows of a part, 128]: positions of the queries.
