@@ -163,6 +163,8 @@ def test_a_quick_board_says_so(board):
         quick
     )
     assert "A quick board" in page.html(quick) and "A quick board" not in page.html(board)
+    without = dataclasses.replace(quick, rows=[dataclasses.replace(row, attention_error=None) for row in board.rows])
+    assert "attention error" in page.html(board) and "attention error" not in page.html(without)
 
 
 class Cells(html.parser.HTMLParser):

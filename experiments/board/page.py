@@ -66,6 +66,7 @@ def html(board: Board) -> str:
         missing=board.missing,
         unreached=[(cell.name, size_name(cell.size), cell.reason) for cell in board.cells if cell.contender is None],
         facts=made_by(board),
+        errors=_has_errors(board),
     )
 
 
@@ -88,10 +89,15 @@ def _columns(board: Board) -> list[str]:
         *board.tasks,
         *board.texts,
         "KL",
-        "attention error",
+        *(["attention error"] if _has_errors(board) else []),
         "prefill ms",
         "decode ms/token",
     ]
+
+
+def _has_errors(board: Board) -> bool:
+    """Whether errors of the attention output were measured; a quick board leaves them out."""
+    return any(row.attention_error is not None for row in board.rows)
 
 
 def _line(board: Board, row: Row, best: set[str]) -> Line:
@@ -104,7 +110,7 @@ def _line(board: Board, row: Row, best: set[str]) -> Line:
         *(_score(row.scores.get(task)) for task in board.tasks),
         *(_number(row.perplexity.get(task), 4) for task in board.texts),
         _number(row.kl, 2),
-        _number(row.attention_error, 2),
+        *([_number(row.attention_error, 2)] if _has_errors(board) else []),
         _number(row.prefill_ms),
         _number(row.decode_ms_per_token),
     ]

@@ -88,7 +88,8 @@ def _insert(cache: LayerCache, tokens: Tokens, seen: Array, new: Arriving) -> La
     """A block enters the body where it is present, over a free place or the place of a loser."""
     body, block, method = cache.body, cache.layout.block, cache.method
     if body is None:
-        assert cache.aside is not None
+        if cache.aside is None:
+            return cache  # the room is no larger than the sinks
         aside = method.fate.receive(cache.aside, new.keys, new.values, new.positions, new.present)
         return dataclasses.replace(cache, aside=aside)
     if not method.budget.evicts:

@@ -184,7 +184,9 @@ class CacheMethod:
         most = ceil_to(dims.max_length - self.sinks - ring, self.block)
         if self.budget.pooled:  # what is decoded has no place in a pool
             kept = min(kept, max(most - growth, 0))
-        return Layout(self.block, self.sinks, ring, min(kept, most), self._even(min(kept + growth + spare, most), dims))
+        kept, room = min(kept, most), min(kept + growth + spare, most)
+        apart = kept if self.budget.pooled else 0  # the pool's slots are no part of the segment that decoding fills
+        return Layout(self.block, self.sinks, ring, kept, apart + self._even(room - apart, dims))
 
     def _even(self, slots: int, dims: CacheDims) -> int:
         """Slots rounded up so that no platform pads the rows of the stores."""

@@ -61,7 +61,8 @@ class Step:
       kv_head_of_query: for each of the N query heads the kv head it reads; None means n // G.
       value_part: for each query head, which of P equal parts of its kv head's value channels it reads: K key heads with
         P times as many value heads. None means all of them.
-      rotary_dim: how many of the last channels of queries and keys are rotated; None means all.
+      rotary_dim: how many of the last channels of queries and keys are rotated, once latents have been spelled out;
+        None means all, which is what a cache takes.
       allocation: gives the head map of a prompt, which a cache keeps; or None.
       selective: whether tokens hide others from all later queries by the logits of query head 0 (selective attention:
         Leviathan et al., 2024, arXiv 2410.02703).
@@ -93,6 +94,7 @@ class Step:
         chex.assert_shape(self.keys, (batch, tokens, kv_heads, head_dim))
         chex.assert_shape(self.values, (batch, tokens, kv_heads, value_dim))
         chex.assert_shape([self.positions, self.valid], (batch, tokens))
+        chex.assert_equal(self.rotary_dim, None)
         chex.assert_type([self.queries, self.keys, self.values], float)
         chex.assert_type([self.positions, self.valid], [int, jnp.bool_])
         if self.kv_head_of_query is not None:
