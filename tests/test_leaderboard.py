@@ -163,8 +163,8 @@ def test_a_quick_board_says_so(board):
         quick
     )
     assert "A quick board" in page.html(quick) and "A quick board" not in page.html(board)
-    without = dataclasses.replace(quick, rows=[dataclasses.replace(row, attention_error=None) for row in board.rows])
-    assert "attention error" in page.html(board) and "attention error" not in page.html(without)
+    measured = dataclasses.replace(board, rows=[dataclasses.replace(row, attention_error=0.25) for row in board.rows])
+    assert "attention error" in page.html(measured) and "attention error" not in page.html(board)
 
 
 class Cells(html.parser.HTMLParser):
