@@ -16,8 +16,8 @@ PACKAGES = ("kvjax", "pallas_kernels", "experiments")
 #: For each layer what of this repository it may import; a name stands for itself and all below it. The longest
 #: matching name is a module's layer.
 BASE = ("kvjax.__version__", "kvjax.errors", "kvjax.typing", "kvjax.compat", "kvjax.sharding", "kvjax.describe")
-#: All that a model sees of a cache: what it hands over, and attention without one.
-PROTOCOL = ("kvjax.cache.step", "kvjax.cache.prompt", "kvjax.cache.shared")
+#: All that a model sees of a cache: what it hands over, attention without one, and what else stands where one does.
+PROTOCOL = ("kvjax.cache.step", "kvjax.cache.prompt", "kvjax.cache.shared", "kvjax.cache.convolution_state")
 LAYERS = {
     "pallas_kernels": ("pallas_kernels",),
     "kvjax.errors": (),

@@ -18,13 +18,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from kvjax.attention.base import AttentionConfig, AttentionKind, AttentionModule, CacheShape, LayerCacheProtocol
 from kvjax.attention.convolution import Depthwise, slide
 from kvjax.attention.projection import Projection
 from kvjax.cache.convolution_state import ConvolutionState
-from kvjax.cache.layout import CacheDims
 from kvjax.errors import UsageError
 from kvjax.typing import Array
 from pallas_kernels.rope import Rope
@@ -61,8 +59,7 @@ class FFNified(AttentionKind):
 
     def state(self, batch: int, width: int, dtype: Any = jnp.float32) -> ConvolutionState:
         """What one layer keeps of rows that have seen nothing; width is D, dtype that of the parameters."""
-        sizes = {"width": width, "dtype": jnp.dtype(dtype).name, "convolved": self.kernel - 1}
-        return ConvolutionState.empty(CacheDims(batch, 0, 0, 0, np.iinfo(np.int32).max, 0, **sizes))
+        return ConvolutionState.alone(batch, self.kernel - 1, width, dtype)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kvjax.cache.layout import CacheDims
 from kvjax.cache.method import CacheMethod
@@ -41,6 +43,12 @@ class ConvolutionState:
         shape = (dims.batch, dims.convolved, dims.width)
         queries, coefficients = (jnp.zeros(shape, dims.dtype) for _ in range(2))
         return cls(queries, coefficients, jnp.zeros((dims.batch,), jnp.int32), dims)
+
+    @classmethod
+    def alone(cls, batch: int, inputs: int, width: int, dtype: Any) -> ConvolutionState:
+        """`empty` without a model's cache around it; inputs is k - 1, width D."""
+        sizes = {"width": width, "dtype": jnp.dtype(dtype).name, "convolved": inputs}
+        return cls.empty(CacheDims(batch, 0, 0, 0, np.iinfo(np.int32).max, 0, **sizes))
 
     @staticmethod
     def planned(dims: CacheDims) -> int:

@@ -34,8 +34,14 @@ def head_bytes(key: Key) -> int:
 
 
 def partial_bytes(key: Key) -> int:
-    """What results of parts of the slots may take: on a GPU eight for each of 132 cores, of eight queries each."""
-    return 8 * 132 * 8 * 4 * spec_of(key).head_dim if key[2] == "h100" else 0
+    """What results of parts of the slots may take: on a GPU eight for each of 132 cores, of eight queries each; and
+    those of the pages of a pool, one for each query that reads them."""
+    spec = spec_of(key)
+    parts = 8 * 132 * 8 if key[2] == "h100" else 0
+    pool = spec.cache().pool if key[0] == "decode_step" else None
+    if pool is not None:
+        parts = max(parts, pool.owner.size * spec.dims.query_heads // spec.dims.kv_heads)
+    return 4 * parts * spec.head_dim
 
 
 def chunk_bytes(key: Key) -> int:
@@ -83,7 +89,8 @@ def test_decoding_allocates_partial_results_and_little_else(key: Key) -> None:
 
 @rows(DECODING)
 def test_no_array_holds_a_decoded_head(key: Key) -> None:
-    assert DECODING[key]["intermediate_bytes"] < max(head_bytes(key), partial_bytes(key), chunk_bytes(key))
+    largest = DECODING[key]["intermediate_bytes"]
+    assert largest < max(head_bytes(key), chunk_bytes(key)) or largest <= partial_bytes(key)
 
 
 @pytest.mark.parametrize("group", [4, 8])
