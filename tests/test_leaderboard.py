@@ -88,17 +88,6 @@ def test_without_errors_all_methods_share_one_run():
     assert plan.asked == [(FULL, "a", "c")]
 
 
-def test_groups_of_methods_forget_each_others_programs(monkeypatch: pytest.MonkeyPatch):
-    forgotten: list[int] = []
-    plan, run = fake_plan(*"abcde"), FakeRun()
-    monkeypatch.setattr(measure, "GROUP", 2)
-    monkeypatch.setattr(measure.jax, "clear_caches", lambda: forgotten.append(len(plan.asked)))
-    assert measure.measure(plan, tuple("abcde"), run, None) == {}
-    assert plan.asked == [(FULL, "a", "b"), (FULL, "c", "d"), (FULL, "e")] and forgotten == [1, 2, 3]
-    measured = [(r["method"], r["task"]) for r in run.records]
-    assert len(set(measured)) == len(measured) == 12
-
-
 def test_what_breaks_takes_nothing_with_it():
     plan, run = fake_plan(*"abcdefg", broken="c f"), FakeRun()
     failures = measure.measure(plan, tuple("abcdefg"), run, None)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 from collections.abc import Collection, Iterator, Mapping, Sequence
-
-import jax
 
 from experiments.record import Run
 from kvjax.cache.method import CacheMethod
@@ -19,30 +16,12 @@ from kvjax.evaluation.plan import Options, Plan, Record
 from kvjax.models.language_model import LanguageModel
 from kvjax.progress import Track
 
-GROUP = 32
-"""Methods whose compiled programs are kept at once: each maps memory, and Linux allows 65,530 maps a process, which
-those of 44 methods took."""
-
 
 def measure(plan: Plan, names: Sequence[str], run: Run, track: Track) -> dict[str, str]:
     """Appends to `run` what it lacks of these methods and the reference; returns those that failed, with the error.
 
-    The methods of a group are measured together, so that they share one exact prefill. Where something breaks, each
-    half is measured on its own, until what broke is alone; what was finished is not measured again.
-
-    Raises:
-      Exception: whatever the full cache raises, for everything refers to it.
-    """
-    failures = {}
-    for start in range(0, max(len(names), 1), GROUP):
-        failures |= _measure_together(plan, names[start : start + GROUP], run, track)
-        jax.clear_caches()
-        gc.collect()
-    return failures
-
-
-def _measure_together(plan: Plan, names: Sequence[str], run: Run, track: Track) -> dict[str, str]:
-    """As `measure`, programs that were compiled staying compiled.
+    Methods are measured together, so that they share exact prefills (`Plan`). Where something breaks, each half is
+    measured on its own, until what broke is alone; what was finished is not measured again.
 
     Raises:
       Exception: whatever the full cache raises, for everything refers to it.
@@ -58,11 +37,10 @@ def _measure_together(plan: Plan, names: Sequence[str], run: Run, track: Track) 
     if not names:
         raise error
     if len(names) == 1:
-        _measure_together(plan, (), run, track)  # whose error it is, if the reference breaks as well
+        measure(plan, (), run, track)  # whose error it is, if the reference breaks as well
         return {names[0]: f"{type(error).__name__}: {error}"}
     half = len(names) // 2
-    first = _measure_together(plan, names[:half], run, track)
-    return first | _measure_together(plan, names[half:], run, track)
+    return measure(plan, names[:half], run, track) | measure(plan, names[half:], run, track)
 
 
 def make_plan(

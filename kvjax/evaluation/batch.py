@@ -60,7 +60,7 @@ class Batch:
         """Whether the parts of some answer may come in any order."""
         return any(item.example is not None and not item.example.ordered for item in self.items)
 
-    @property
+    @cached_property
     def records(self) -> bool:
         """Whether prompts can be recorded for many methods; only keys and values can."""
         return self.setting.has_keys(self.model)

@@ -81,7 +81,7 @@ def plans(
         setting.context: full_bytes([dataclasses.replace(dims, batch=1) for dims in setting.dims(first)])
         for setting in made[0].fitted
     }
-    if not all(whole.values()):
+    if not all(setting.has_keys(first) for setting in made[0].fitted):
         raise UsageError(
             f"model {first.name!r} keeps no keys and values, so no size can be a share of its full cache; compare "
             f"another model, and name this one as one `beside` it."

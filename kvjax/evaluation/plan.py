@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from kvjax.cache.method import CacheMethod
@@ -25,6 +28,9 @@ from kvjax.progress import Advance, Track, silent
 Record = dict[str, Any]
 
 KEY = ("method", "task", "context", "seed")
+GROUP = 32
+"""Methods whose compiled programs are kept at once: each maps memory, and Linux allows 65,530 maps a process, which
+those of 44 methods took."""
 CANNOT_STREAM = "needs whole prompts, so no text can be streamed through it"
 
 
@@ -44,9 +50,10 @@ class Options:
 
 
 class Unit(NamedTuple):
-    """One task and seed at one context, with the methods that are still to be measured on it."""
+    """One task and seed at one context, with the methods of a group that are still to be measured on it."""
 
     setting: Setting
+    group: int
     task: str
     seed: int
     methods: tuple[str, ...]
@@ -121,7 +128,11 @@ class Plan:
         warmed: set[tuple[Setting, bool]] = set()
         total = sum(-(-self.options.examples // unit.setting.batch) * len(unit.methods) for unit in units)
         with track("compare", total) as advance:
-            for unit in units:
+            for before, unit in zip([None, *units], units, strict=False):
+                if before is not None and before[:2] != unit[:2]:
+                    warmed.clear()
+                    jax.clear_caches()
+                    gc.collect()
                 if (kind := (unit.setting, WORKLOADS[unit.task].streamed)) not in warmed:
                     self._warm(unit, advance)
                     warmed.add(kind)
@@ -132,13 +143,17 @@ class Plan:
                     yield _finite(record | known[record["method"]] | {"note": "; ".join(notes)})
 
     def _units(self, done: Iterable[Record]) -> list[Unit]:
+        """What is left to do, group by group; the methods of a group share their exact passes over the prompts."""
         finished = {tuple(record[key] for key in KEY) for record in done}
+        size = GROUP // len({WORKLOADS[task].streamed for task in self.tasks})  # streamed text has programs of its own
         units = []
         for setting, methods in self.fitted.items():
-            for task in self.tasks:
-                for seed in range(self.options.seeds):
-                    left = tuple(name for name in methods if (name, task, setting.context, seed) not in finished)
-                    units += [Unit(setting, task, seed, left)] if left else []
+            names = list(methods)
+            starts = range(0, len(names), size)
+            for start, task, seed in itertools.product(starts, self.tasks, range(self.options.seeds)):
+                group = names[start : start + size]
+                left = tuple(name for name in group if (name, task, setting.context, seed) not in finished)
+                units += [Unit(setting, start, task, seed, left)] if left else []
         return units
 
     def _able(self, unit: Unit) -> dict[str, CacheMethod]:

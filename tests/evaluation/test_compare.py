@@ -16,6 +16,7 @@ from kvjax.cache.model_cache import ModelCache
 from kvjax.cache.plan import layer_bytes, resolve
 from kvjax.errors import KvjaxError, NumericsError, UsageError
 from kvjax.evaluation import accuracy, profile
+from kvjax.evaluation import plan as plans
 from kvjax.evaluation.batch import Batch
 from kvjax.evaluation.compare import Comparison, compare
 from kvjax.evaluation.plan import Options, Plan
@@ -117,6 +118,18 @@ def test_a_stopped_run_goes_on_where_it_was(model, records):
     fields = ("method", "task", "seed", "score", "kl", "attention_error", "layer_bytes", "tokens_held", "note")
     assert [[r[f] for f in fields] for r in again] == [[r[f] for f in fields] for r in lost]
     assert list(plan.run(done=records)) == []
+
+
+def test_groups_of_methods_give_the_same_and_forget_each_others_programs(model, records, monkeypatch):
+    forgotten: list[None] = []
+    monkeypatch.setattr(plans, "GROUP", 2)
+    monkeypatch.setattr(plans.jax, "clear_caches", lambda: forgotten.append(None))
+    again = list(Plan.make(model, METHODS, TASKS, Options(**OPTIONS)).run())
+    assert [r["method"] for r in again] == [n for group in (NAMES[:2], NAMES[2:4], NAMES[4:]) for n in group * 4]
+    assert len(forgotten) == 2
+    fields = ("method", "task", "seed", "score", "kl", "attention_error", "layer_bytes", "tokens_held", "note")
+    ours, theirs = (sorted([repr(r[f]) for f in fields] for r in found) for found in (again, records))
+    assert ours == theirs
 
 
 def test_the_same_seeds_give_the_same_numbers(model, records):

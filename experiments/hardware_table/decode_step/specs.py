@@ -55,13 +55,10 @@ class StepSpec:
 
 PLAIN = tuple(StepSpec(name.replace("-", "_"), name) for name in ("full", "int8", "int4", "kivi-4"))
 """One of each layout: exact, per token without and with channel groups, per channel in blocks."""
-POOLED = tuple(
-    StepSpec(name, method)
-    for name, method in (
-        ("pool", "adakv:share=0.5"),
-        ("pool_int8", "adakv:share=0.5+int8"),
-        ("pool_int4", "adakv:share=0.5+int4"),
-    )
+POOLED = (
+    StepSpec("pool", "adakv:share=0.5"),
+    StepSpec("pool_int8", "adakv:share=0.5+int8"),
+    StepSpec("pool_int4", "adakv:share=0.5+int4"),
 )
 """Pages that belong to heads."""
 HARDWARE = PLAIN + POOLED
