@@ -291,8 +291,9 @@ def describe(params: PyTree, cache: PyTree, mesh: Mesh, rules: ShardingRules = S
     ):
         total = sum(x.nbytes for x in jax.tree.leaves(tree))
         lines.append(f"{name}: {total:,} bytes, {_bytes_per_device(tree, specs, mesh):,} on each device")
-    layer = jax.tree.leaves(cache, is_leaf=_is_layer)[0]
-    sizes = {"kv_heads": layer.head_index.shape[0], "batch": layer.length.shape[0]}
+    first = jax.tree.leaves(cache, is_leaf=_is_layer)[0]
+    kept = {"kv_heads": first.head_index.shape[0]} if _is_layer(first) else {}
+    sizes = kept | {"batch": first.length.shape[0] if kept else first.shape[0]}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         axes = _PARAMETERS.get(_names(path)[-2:], ())
         sizes |= {a: n for a, n in zip(axes, leaf.shape, strict=False) if a in ("mlp", "vocab")}

@@ -22,6 +22,7 @@ from kvjax.models.config import TransformerConfig
 from kvjax.models.language_model import LanguageModel
 from kvjax.models.transformer import Transformer
 from kvjax.models.vit import VisionConfig, VisionTransformer
+from kvjax.sharding import describe, make_mesh, unshard_cache
 from tests.oracles import ffnified as oracle
 
 B, T, D, K = 3, 14, 16, 4
@@ -291,6 +292,17 @@ def test_the_engine_decodes_with_states_and_saves_them(tmp_path) -> None:
         prompt = [*text, *question]
         logits = jax.jit(LanguageModel.apply)(model(), jnp.asarray([[*prompt, *said]]))[0][0]
         assert np.argmax(logits[len(prompt) - 1 : -1], axis=-1).tolist() == said
+
+
+def test_states_are_spread_over_a_mesh_by_rows() -> None:
+    prompts = [[1, 2, 3, 4], [5, 6], [7, 8, 9], [1]]
+    spread = model().on_mesh(make_mesh(2, 4))
+    said = [kvjax.generate(one, prompts, max_new_tokens=4, stop=(), dtype="float32") for one in (model(), spread)]
+    assert said[0].tokens == said[1].tokens
+    cache = said[1].context.cache
+    assert cache[0].queries.sharding.spec[0] == "data"
+    assert "replicated: batch" not in describe(spread.params, cache, make_mesh(2, 4))
+    assert unshard_cache(cache).layers == cache.layers
 
 
 @pytest.mark.parametrize("method", ["h2o", "int8", "quest", "streaming_llm", "pyramidkv", "adakv"])

@@ -15,8 +15,9 @@ from kvjax.cache.layer_cache import LayerCache
 from kvjax.cache.method import CacheMethod
 from kvjax.cache.methods import parse
 from kvjax.cache.policy import AttentionMass, Random
-from tests.cache.cases import METHODS, recent_of
+from tests.cache.cases import METHODS
 from tests.cache.driver import Inputs, Setup, dims_of, draw, run, step_of
+from tests.cache.holding import recent_of
 from tests.thin import thinned
 
 FAR = (

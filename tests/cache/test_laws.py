@@ -20,16 +20,12 @@ from tests.cache.cases import (
     METHODS,
     NAMED,
     PARTS,
-    always_of,
-    budget_of,
-    by_head,
     covered,
     exported,
     most,
-    recent_of,
-    roomy,
 )
 from tests.cache.driver import Inputs, Run, Setup, dims_of, draw, run
+from tests.cache.holding import always_of, budget_of, by_head, recent_of, roomy
 from tests.thin import thinned
 
 LENGTHS = (64, 45, 17, 1)
