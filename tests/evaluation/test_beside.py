@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 
 import kvjax
-from kvjax.attention import DiffQKV, FFNified, KeyDriven, MultiHeadLatent, SelectiveAttention, SelfSelective
+from kvjax.attention import (
+    DiffQKV,
+    FFNified,
+    KeyDriven,
+    LayerMaps,
+    MultiHeadLatent,
+    ProjectedKeys,
+    SelectiveAttention,
+    SelfSelective,
+)
 from kvjax.cache.plan import layer_bytes
 from kvjax.engine.prefill import cache_dims
 from kvjax.errors import UsageError
@@ -64,6 +73,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lexinvariant": {"embedding": DrawnEmbedding()},
     "shared": {"kv_layers": (0, 0)},
     "kdgqa": {"attention": KeyDriven()},
+    "dgqa": {"attention": LayerMaps(((0, 0, 0, 1), (0, 1, 1, 1)))},
+    "projected": {"num_kv_heads": 4, "attention": ProjectedKeys(heads=2)},
     "ssa": {"attention": SelfSelective()},
     "selective": {"attention": SelectiveAttention()},
     "diffqkv": {"num_kv_heads": 1, "attention": DiffQKV(value_heads=2, key_dim=16)},
