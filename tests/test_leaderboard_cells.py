@@ -81,3 +81,9 @@ def test_a_combination_gets_its_bytes_where_it_evicts():
     (cell,) = cells.cells(entrant("int4+snapkv"), DIMS, (0.25,))
     assert cell.kind == "both" and re.fullmatch(r"int4\+snapkv:bytes=\d+", cell.setting)
     assert 0.25 - TOKEN < cell.share <= 0.25
+
+
+def test_what_a_method_has_learnt_is_shared_by_the_rows_that_are_measured():
+    one, *_ = cells.cells(entrant("kvquant-2"), DIMS, (0.25,))
+    many, *_ = cells.cells(entrant("kvquant-2"), [dataclasses.replace(layer, batch=16) for layer in DIMS], (0.25,))
+    assert 0 < many.share < one.share

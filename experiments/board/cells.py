@@ -111,8 +111,11 @@ def cells(entrant: Entrant, dims: Sequence[CacheDims], sizes: Sequence[float]) -
 
     Budgets are the largest that fit. A setting of fixed bytes stands at the size nearest to it, counted in halvings,
     and so may take up to 1.4 times as much: `Cell.fits` tells.
+
+    Args:
+      dims: of the batch that is measured: its rows share what a method has learnt, in `Cell.share` as in the records. A
+        budget in bytes is one row's, and counts all of that.
     """
-    dims = [dataclasses.replace(layer, batch=1) for layer in dims]
     first = next(iter(entrant.variants.values()))
     budget = _method(first).budget
     if isinstance(budget, Sized):
@@ -130,7 +133,7 @@ def kind(method: CacheMethod) -> Kind:
 
 
 def share_of(method: CacheMethod, dims: Sequence[CacheDims]) -> float:
-    """Allocated bytes of one row over those of a full bf16 cache's keys and values."""
+    """Allocated bytes over those of a full bf16 cache's keys and values."""
     return sum(layer_bytes(method, layer) for layer in dims) / full_bytes(dims)
 
 
@@ -150,8 +153,9 @@ def _sized(
     """The cell of a method that `resize` brings to a number of bytes."""
     method = _method(entrant)
     empty = Cell(name, kind(method), size)
+    rows = [dataclasses.replace(layer, batch=1) for layer in dims]
     try:
-        resized, value = resize(method, dims, int(size * full_bytes(dims)))
+        resized, value = resize(method, rows, int(size * full_bytes(rows)))
         return _filled(empty, _spelled(name, option, value), entrant, resized, dims)
     except UsageError as error:
         return dataclasses.replace(empty, reason=str(error))
