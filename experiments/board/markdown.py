@@ -66,6 +66,7 @@ def made_by(board: Board) -> list[tuple[str, str]]:
         "question": "shown while the cache is compressed"
         if config["query_aware"]
         else "hidden while the cache is compressed",
+        "rows": f"{config['batch']} at a time; what a method has learnt, like factors, is counted once for all of them",
         "stored exactly as": config["dtype"],
         "machine": f"{info.get('system')}, {info.get('cpu_count')} CPUs, {devices}",
         "versions": ", ".join(f"{name} {version}" for name, version in (info.get("versions") or {}).items()),
