@@ -121,7 +121,7 @@ def board() -> boards.Board:
         Cell("broken", "evicts", 0.25, "broken", 0.25, contender),
         Cell("<b>&", "both", 0.125, "<b>&", 0.125, contender),
     ]
-    config = {"model": "tiny", "tasks": ["needle"], "seeds": 1, "query_aware": False, "dtype": "bfloat16"}
+    config = {"model": "tiny", "tasks": ["needle"], "seeds": 1, "query_aware": False, "batch": 4, "dtype": "bfloat16"}
     config |= {"command": "kvjax leaderboard", "quick": False}
     info = {"start": "2026-01-02T03:04:05+00:00", "system": "Linux", "cpu_count": 2, "versions": {"jax": "1"}}
     return boards.Board(made, summarise(records), {"broken": "E: <i>"}, ["razor"], (0.25, 0.125), config, info)
