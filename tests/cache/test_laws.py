@@ -185,7 +185,7 @@ def test_padding_and_empty_slots_change_nothing(name: str, poison: float) -> Non
     np.testing.assert_array_equal(clean.held, spoiled.held)
 
 
-@pytest.mark.parametrize("name", most(METHODS))
+@pytest.mark.parametrize("name", thinned(most(METHODS)))
 def test_a_row_does_not_depend_on_the_others(name: str) -> None:
     """Law 2: in another place of a batch of other rows of other lengths."""
     ours, others = inputs_of(), draw(12, LENGTHS, padded=64, decoded=24, query_heads=8)

@@ -23,6 +23,9 @@ from tests.oracles.row import Row
 from tests.oracles.streaming_llm import kept_after
 
 HEADS = pytest.mark.parametrize("reads", [(0, 1, 2), (0, 0, 0, 0, 1, 1, 1, 1), (0, 1, 1)], ids=["G1", "G4", "uneven"])
+OPTIONS = pytest.mark.parametrize(
+    "options", [{}, pytest.param({"window": 9}, marks=pytest.mark.slow)], ids=["full", "window"]
+)
 DIM = 8
 
 
@@ -93,7 +96,7 @@ def test_attention_received_and_prefix_lengths(reads):
 
 
 @HEADS
-@pytest.mark.parametrize("options", [{}, {"window": 9}], ids=["full", "window"])
+@OPTIONS
 def test_attention_to_the_ends(reads, options):
     row, prompt = drawn(reads, 24, **options)
     for queries in (1, 4):
@@ -102,7 +105,7 @@ def test_attention_to_the_ends(reads, options):
 
 
 @HEADS
-@pytest.mark.parametrize("options", [{}, {"window": 9}], ids=["full", "window"])
+@OPTIONS
 def test_streaming_attention_and_gates(reads, options):
     row, prompt = drawn(reads, 20, **options)
     full, _ = row.attention(20)
