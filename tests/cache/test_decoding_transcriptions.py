@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from pallas_kernels.attention_mass import GumbelNoise
 from tests.cache.driver import Inputs, Setup, dims_of, draw, run
 from tests.cache.faithful import GROUPED, assert_outputs, assert_same, check, inputs_of
 from tests.oracles.keyformer import keyformer, keyformer_released, temperature
+from tests.oracles.prefixkv import prefixkv
 from tests.oracles.rkv import rkv
 from tests.oracles.row import Row, Trace
 from tests.oracles.tova import tova, tova_once, tova_streaming
@@ -51,6 +53,21 @@ def test_tova_with_a_streaming_prefill() -> None:
 def test_over_heads_refuses_what_is_the_same_for_all_heads() -> None:
     with pytest.raises(UsageError, match="the same tokens anyway"):
         OverHeads(OverHeads(LastAttention()))
+
+
+@GROUPED
+@pytest.mark.parametrize(
+    ("decoded", "transcribed"), [("kept", "grow"), ("importance", "importance"), ("positional", "positional")]
+)
+def test_prefixkv(query_heads: int, decoded: str, transcribed: Literal["grow", "importance", "positional"]) -> None:
+    """One layer. Rows whose prompt overflows: without forgetting, nothing goes later in the release."""
+    inputs = draw(4, (64, 45), padded=64, decoded=24, query_heads=query_heads)
+    setup = Setup(parse(f"prefixkv:tokens=24,decoded={decoded},distance=9"), dims_of(inputs))
+    result = run(setup, inputs)
+    for b, length in enumerate(inputs.lengths):
+        ratio = 1 - 24 / length
+        row = inputs.row(b, setup)
+        assert_same(result, b, prefixkv(row, ratio=ratio, start=4, distance=-9, decode=transcribed, grows=False))
 
 
 def noise_of(inputs: Inputs, seed: int, layer: int) -> np.ndarray:

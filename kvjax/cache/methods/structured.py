@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 from kvjax.cache.budget import AdaptiveHeads, Full, HeadTable, LayerTable, Prefix, Uniform
 from kvjax.cache.codec import Balanced, Integer
@@ -10,7 +11,7 @@ from kvjax.cache.fate import Compensate, Demote, Merge, Represent
 from kvjax.cache.fate.represent import Anchor
 from kvjax.cache.method import CacheMethod, Prefill
 from kvjax.cache.methods.size import size, uniform
-from kvjax.cache.policy import AttentionMass, Observation, Recency
+from kvjax.cache.policy import AttentionMass, FixedPlace, Observation, OverHeads, Policy, Recency
 from kvjax.cache.selector import ProbedPages, TopPages, TopValues
 from kvjax.cache.selector.probed_pages import Cutoff, Probe
 from kvjax.cache.selector.top_values import Renormalise
@@ -123,20 +124,26 @@ def prefixkv(
     bytes: int | None = None,
     shares: tuple[float, ...] = (1.0,),
     sinks: int = 4,
+    decoded: Literal["kept", "importance", "positional"] = "kept",
+    distance: int = 25,
 ) -> CacheMethod:
     """A budget per layer, such that every layer keeps the same part of its attention; the layer's heads keep the same.
 
     Paper: Wang et al., 2024, "PrefixKV: Adaptive Prefix KV Cache is What Vision Instruction-Following Models Need for
     Efficient Generation" (arXiv 2412.03409). `shares` are found by calibration; without one all layers get the same.
-    Importance is summed over all queries and averaged over all heads. Decoded tokens are kept; the release evicts
-    one at a fixed distance from the end per step.
+    Importance is summed over all queries and heads. `decoded` says what becomes of tokens after the prompt: all are
+    kept; or for each a token goes, that of the least importance so far, or as in the release the one with `distance`
+    newer ones. Cached: keys after rotary embedding and values, exact, positions once per layer. Sinks and the place are
+    the release's. Its budget grows with the text; here it stays that of the prompt.
     """
+    importance: Policy = OverHeads(AttentionMass())
     return CacheMethod(
         name="prefixkv",
         budget=Prefix(**size(tokens, share, bytes), shares=shares),
-        policy=AttentionMass(reduce="mean"),
+        policy=FixedPlace(importance, distance - 1) if decoded == "positional" else importance,
         sinks=sinks,
         recent=1,
+        every=None if decoded == "kept" else 1,
     )
 
 

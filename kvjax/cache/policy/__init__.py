@@ -5,6 +5,7 @@ from kvjax.cache.policy.base import Perturbed, Policy, Repetition
 from kvjax.cache.policy.chunks import Chunks
 from kvjax.cache.policy.critical import Critical
 from kvjax.cache.policy.expected_attention import ExpectedAttention
+from kvjax.cache.policy.fixed_place import FixedPlace
 from kvjax.cache.policy.frozen import Frozen
 from kvjax.cache.policy.given import Given
 from kvjax.cache.policy.hidden import Hidden
@@ -26,6 +27,7 @@ __all__ = [
     "Chunks",
     "Critical",
     "ExpectedAttention",
+    "FixedPlace",
     "Frozen",
     "Given",
     "Hidden",

@@ -6,40 +6,19 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from kvjax.cache.policy.base import GroupReduce
 from kvjax.cache.policy.seen import Prompt, Slots
-from kvjax.cache.policy.wrapper import Wrapper
+from kvjax.cache.policy.wrapper import AtPromptEnd
 from kvjax.typing import Array
 
 
 @dataclasses.dataclass(frozen=True)
-class Frozen(Wrapper):
+class Frozen(AtPromptEnd):
     """The tokens that win at the end of the prompt stay for ever, and whatever leaves the recent window later is lost.
 
     So the released code of Keyformer behaves: its mask of key tokens has one place more than there are scores, so that
     the newest token outside the recent window is never a candidate, and masks are only ever multiplied. The token
     that is the newest to compete at the end of the prompt loses therefore, if anything does.
     """
-
-    @property
-    def streams(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return False
-
-    @property
-    def online(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return True
-
-    @property
-    def mass_reduce(self) -> GroupReduce | None:
-        return None  # no score is needed after the prompt
-
-    @property
-    def arrives_scored(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return False
-
-    @property
-    def perturbs(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return False
 
     def prompt_scores(self, prompt: Prompt) -> Array:
         positions, competing = prompt.positions[:, None], prompt.competing

@@ -86,3 +86,27 @@ class Wrapper(Policy):
 
     def parameter_shapes(self, dims: CacheDims) -> PyTree:
         return self.inner.parameter_shapes(dims)
+
+
+class AtPromptEnd(Wrapper):
+    """The inner policy chooses at the end of the prompt alone; what goes later is a matter of positions."""
+
+    @property
+    def streams(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return False
+
+    @property
+    def online(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return True
+
+    @property
+    def mass_reduce(self) -> GroupReduce | None:
+        return None
+
+    @property
+    def arrives_scored(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return False
+
+    @property
+    def perturbs(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return False
