@@ -70,6 +70,7 @@ def samples() -> Parts:
             "LastAttention": policy.LastAttention(),
             "Observation": policy.Observation(),
             "Keyformer": policy.Keyformer(),
+            "FixedPlace(KeyNorm)": policy.FixedPlace(policy.KeyNorm()),
             "Frozen(Keyformer)": policy.Frozen(policy.Keyformer()),
             "KeyNorm": policy.KeyNorm(),
             "KeyDiff": policy.KeyDiff(),
