@@ -133,8 +133,8 @@ def prefixkv(
     Efficient Generation" (arXiv 2412.03409). `shares` are found by calibration; without one all layers get the same.
     Importance is summed over all queries and heads. `decoded` says what becomes of tokens after the prompt: all are
     kept; or for each a token goes, that of the least importance so far, or as in the release the one with `distance`
-    newer ones. Cached: keys after rotary embedding and values, exact, positions once per layer. Sinks and the place are
-    the release's. Its budget grows with the text; here it stays that of the prompt.
+    newer ones. Cached: keys after rotary embedding and values, exact, positions once per layer. Sinks and distance
+    are the release's. The release's budget grows with the text; here it stays that of the prompt.
     """
     importance: Policy = OverHeads(AttentionMass())
     return CacheMethod(

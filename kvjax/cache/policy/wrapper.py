@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 from kvjax.cache.layout import CacheDims
 from kvjax.cache.policy.base import GroupReduce, Perturbed, Policy, Repetition
@@ -91,22 +91,11 @@ class Wrapper(Policy):
 class AtPromptEnd(Wrapper):
     """The inner policy chooses at the end of the prompt alone; what goes later is a matter of positions."""
 
-    @property
-    def streams(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return False
-
-    @property
-    def online(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return True
+    online: ClassVar[bool] = True  # pyright: ignore[reportIncompatibleVariableOverride]
+    streams: ClassVar[bool] = False  # pyright: ignore[reportIncompatibleVariableOverride]
+    arrives_scored: ClassVar[bool] = False  # pyright: ignore[reportIncompatibleVariableOverride]
+    perturbs: ClassVar[bool] = False  # pyright: ignore[reportIncompatibleVariableOverride]
 
     @property
     def mass_reduce(self) -> GroupReduce | None:
-        return None
-
-    @property
-    def arrives_scored(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return False
-
-    @property
-    def perturbs(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return False
+        return None  # no score is needed after the prompt
