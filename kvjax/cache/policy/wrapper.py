@@ -91,10 +91,10 @@ class Wrapper(Policy):
 class AtPromptEnd(Wrapper):
     """The inner policy chooses at the end of the prompt alone; what goes later is a matter of positions."""
 
-    online: ClassVar[bool] = True  # pyright: ignore[reportIncompatibleVariableOverride]
-    streams: ClassVar[bool] = False  # pyright: ignore[reportIncompatibleVariableOverride]
-    arrives_scored: ClassVar[bool] = False  # pyright: ignore[reportIncompatibleVariableOverride]
-    perturbs: ClassVar[bool] = False  # pyright: ignore[reportIncompatibleVariableOverride]
+    online: ClassVar[bool] = True  # pyright: ignore[reportIncompatibleVariableOverride, reportIncompatibleMethodOverride]
+    streams: ClassVar[bool] = False  # pyright: ignore[reportIncompatibleVariableOverride, reportIncompatibleMethodOverride]
+    arrives_scored: ClassVar[bool] = False  # pyright: ignore[reportIncompatibleVariableOverride, reportIncompatibleMethodOverride]
+    perturbs: ClassVar[bool] = False  # pyright: ignore[reportIncompatibleVariableOverride, reportIncompatibleMethodOverride]
 
     @property
     def mass_reduce(self) -> GroupReduce | None:
